@@ -1,0 +1,1 @@
+"""Traces a transformers model into portable prefill and decode MLIR with `llmir` ops."""

@@ -1,0 +1,1 @@
+"""The command lines: each parses its words into one call of the library."""

@@ -1,0 +1,1 @@
+"""Reads checkpoints and writes packed, memory-mapped parameter archives."""

@@ -1,0 +1,1 @@
+"""Rewrites the `llmir` ops, for a target, into dispatches."""

@@ -1,0 +1,1 @@
+"""The passes, one to a file; the pipeline lists them in order."""

@@ -1,0 +1,1 @@
+"""Captures profiles and IR, stores them as data, reports and diffs them."""
