@@ -1,7 +1,8 @@
 """The bundle: a folder that holds one exported model, and the manifest that describes it.
 
-The manifest is the only thing that the runtime, the tracer and the command lines believe about a bundle. This file is its
-one reader and its one writer; a manifest of another version, or with a field that this version does not know, is refused.
+The manifest is the only thing that the runtime, the tracer and the command lines believe about a bundle. This file is
+its one reader and its one writer; a manifest of another version, or with a field that this version does not know, is
+refused.
 
     BUNDLE/
       manifest.json
@@ -233,7 +234,7 @@ class Bundle:
         for name, target in bundle.manifest.targets.items():
             if any((folder / info.file).resolve() == module.resolve() for info in target.modules.values()):
                 return bundle, name
-        raise BundleError(f"{module}: the manifest of {folder} does not list this module; compile it with llmir-compile")
+        raise BundleError(f"{module}: the manifest of {folder} does not list it; compile it with llmir-compile")
 
     def path(self, file: str) -> Path:
         """Path of a file that the manifest names."""
