@@ -1,8 +1,8 @@
 """The weight formats that a bundle may hold, and how a block of each is laid out in the archive.
 
 A block format is what GGUF calls a quantisation type: a run of `block_size` weights along a row, stored as a C struct.
-The archive holds a matrix of such blocks as *planes*, one array for every field of the struct, so that the compiler sees
-typed tensors instead of bytes. No bit changes: `split_planes` only regroups.
+The archive holds a matrix of such blocks as *planes*, one array for every field of the struct, so that the compiler
+sees typed tensors instead of bytes. No bit changes: `split_planes` only regroups.
 
 Source of the struct definitions: ggml-common.h of llama.cpp.
 """

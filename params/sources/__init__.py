@@ -1,0 +1,1 @@
+"""The readers, one file for every kind of checkpoint."""
