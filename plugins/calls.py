@@ -1,0 +1,158 @@
+"""The `llmir` ops of a module, read into typed calls; and the key that tells which calls share one definition."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from llmir_iree.params.errors import CompileError
+
+OPERATOR = "torch.operator"
+PREFIX = "torch.llmir."
+
+# Where each op's constants stand among its operands; the other operands are tensors, or lists of tensors.
+_CONSTANTS: dict[str, dict[int, str]] = {
+    "append_kv": {5: "layer"},
+    "paged_attention": {4: "layer", 5: "scale", 6: "window", 7: "softcap"},
+    "quantized_matmul": {2: "format", 3: "out_features"},
+}
+OPS = tuple(_CONSTANTS)
+
+# torch tells signed from unsigned integers; builtin tensors do not.
+_ELEMENT_TYPES = {"si8": "i8", "ui8": "i8", "si32": "i32", "si64": "i64"}
+_VTENSOR = re.compile(r"!torch\.vtensor<\[([\d,?]*)\],(\w+)>")
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A builtin tensor type; a dimension that is not known is None."""
+
+    shape: tuple[int | None, ...]
+    element: str
+
+    @classmethod
+    def parse(cls, text: str) -> TensorType:
+        """Read a `!torch.vtensor` type.
+
+        Raises:
+            CompileError: the type is not a ranked tensor.
+        """
+        match = _VTENSOR.fullmatch(text)
+        if match is None:
+            raise CompileError(f"llmir op: expected a ranked tensor operand, found {text}")
+        dimensions = match[1].split(",") if match[1] else []
+        shape = tuple(None if dimension == "?" else int(dimension) for dimension in dimensions)
+        return cls(shape, _ELEMENT_TYPES.get(match[2], match[2]))
+
+    def __str__(self) -> str:
+        """The type as MLIR writes it."""
+        return f"tensor<{''.join(f'{extent(dimension)}x' for dimension in self.shape)}{self.element}>"
+
+
+@dataclass(frozen=True)
+class LlmirCall:
+    """One `llmir` op: what it is, the types it works on, and its constants."""
+
+    op: str
+    operands: tuple[TensorType, ...]
+    results: tuple[TensorType, ...]
+    constants: tuple[tuple[str, int | float | str], ...]
+
+    def constant(self, name: str) -> int | float | str:
+        """The value of a constant operand."""
+        return dict(self.constants)[name]
+
+    @property
+    def layer(self) -> int | None:
+        """The layer, which is passed to the definition and so does not tell definitions apart."""
+        layer = dict(self.constants).get("layer")
+        return None if layer is None else int(layer)
+
+    @property
+    def symbol(self) -> str:
+        """Name of the definition this call needs: equal for two calls exactly if they can share it."""
+        constants = [item for item in self.constants if item[0] != "layer"]
+        key = f"{self.op} {[str(operand) for operand in self.operands]} {constants}"
+        shape = "x".join(extent(dimension).replace("?", "D") for dimension in self.operands[0].shape)
+        return f"llmir_{self.op}_{shape}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a call stands in a module, and the values it takes."""
+
+    call: LlmirCall
+    operation: ir.Operation
+    tensors: tuple[ir.Value, ...]
+
+
+def find_calls(module: ir.Module) -> Iterator[Site]:
+    """All `llmir` ops of a module, in program order; each is read when it is reached, so that callers may replace it.
+
+    Raises:
+        CompileError: an op that this version does not know, or an operand that is not of its schema.
+    """
+    for operation in [operation for operation in walk(module.operation) if is_llmir(operation)]:
+        yield _read(operation)
+
+
+def is_llmir(operation: ir.Operation) -> bool:
+    """Whether an operation is one of the `llmir` ops."""
+    return operation.name == OPERATOR and _operator_name(operation).startswith(PREFIX)
+
+
+def walk(operation: ir.Operation) -> Iterator[ir.Operation]:
+    """Every operation inside another one, outer before inner; the list is taken first, so that callers may erase."""
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in list(block.operations):
+                yield inner.operation
+                yield from walk(inner.operation)
+
+
+def extent(dimension: int | None) -> str:
+    """A dimension as MLIR writes it."""
+    return "?" if dimension is None else str(dimension)
+
+
+def _operator_name(operation: ir.Operation) -> str:
+    return str(ir.StringAttr(operation.attributes["name"]).value)
+
+
+def _read(operation: ir.Operation) -> Site:
+    op = _operator_name(operation).removeprefix(PREFIX)
+    if op not in _CONSTANTS:
+        raise CompileError(f"unknown op llmir.{op}; known: {', '.join(OPS)}")
+    tensors: list[ir.Value] = []
+    constants: list[tuple[str, int | float | str]] = []
+    for index, operand in enumerate(operation.operands):
+        name = _CONSTANTS[op].get(index)
+        if name is not None:
+            constants.append((name, _constant(op, name, operand)))
+        elif str(operand.type).startswith("!torch.list"):
+            tensors.extend(operand.owner.operands)
+        else:
+            tensors.append(operand)
+    call = LlmirCall(
+        op,
+        tuple(TensorType.parse(str(tensor.type)) for tensor in tensors),
+        tuple(TensorType.parse(str(result.type)) for result in operation.results),
+        tuple(constants),
+    )
+    return Site(call, operation, tuple(tensors))
+
+
+def _constant(op: str, name: str, value: ir.Value) -> int | float | str:
+    owner = value.owner
+    if not isinstance(owner, (ir.Operation, ir.OpView)) or "value" not in owner.attributes:
+        raise CompileError(f"llmir.{op}: {name} must be a constant")
+    attribute = owner.attributes["value"]
+    if isinstance(attribute, ir.IntegerAttr):
+        return int(attribute.value)
+    if isinstance(attribute, ir.FloatAttr):
+        return float(attribute.value)
+    return str(ir.StringAttr(attribute).value)

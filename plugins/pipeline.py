@@ -1,0 +1,57 @@
+"""The pipeline of the plugin: named passes over a portable module, in order, for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from llmir_iree.params.errors import CompileError
+from llmir_iree.plugins.passes.lower_llmir_ops import lower_llmir_ops
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of a whole module."""
+
+    name: str
+    summary: str
+    apply: Callable[[ir.Module, str], None]
+
+
+PIPELINE: tuple[Pass, ...] = (
+    Pass("lower-llmir-ops", "replace each llmir op by the definition that the seam chooses", lower_llmir_ops),
+)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What the pipeline made of a portable module: MLIR for iree-compile, and the passes that ran."""
+
+    text: str
+    passes: tuple[str, ...]
+
+
+def lower(portable: str, target: str) -> Lowered:
+    """Run the pipeline over a portable module.
+
+    Args:
+        portable: MLIR of the torch dialect with `llmir` ops, as the export writes it.
+        target: family of the target, e.g. "llvm-cpu"; the seam chooses by it.
+
+    Raises:
+        CompileError: the text is not MLIR, or a pass left a module that does not verify.
+    """
+    with ir.Context(), ir.Location.unknown():
+        try:
+            module = ir.Module.parse(portable)
+        except ir.MLIRError as error:
+            raise CompileError(f"the portable module is not valid MLIR: {error}") from None
+        for step in PIPELINE:
+            step.apply(module, target)
+            try:
+                module.operation.verify()
+            except ir.MLIRError as error:
+                raise CompileError(f"pass {step.name} left an invalid module: {error}") from None
+        return Lowered(str(module), tuple(step.name for step in PIPELINE))

@@ -1,0 +1,186 @@
+"""Fills the portable templates: decides shapes and names; what is computed stands in the `.mlir` files beside this one."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from string import Template
+
+from llmir_iree.params.errors import CompileError
+from llmir_iree.params.formats import FORMATS
+from llmir_iree.plugins.calls import LlmirCall, TensorType, extent
+
+_NO_WINDOW = 2**31 - 1
+_BITS = {"bf16": 16, "f16": 16, "f32": 32}
+
+# How a template shapes the weights of one block: the dimensions of the float32 tensor it gives, after the row.
+_BLOCK_SHAPES: dict[str, tuple[int, ...]] = {
+    "q4_0": (2, 16),
+    "q4_1": (2, 16),
+    "q8_0": (32,),
+    "q4_k": (4, 2, 32),
+    "q5_k": (4, 2, 32),
+    "q6_k": (2, 2, 2, 2, 16),
+}
+_TEMPLATES = {"f16": "dequantize_plain", "bf16": "dequantize_plain"}
+
+
+def append_kv(call: LlmirCall) -> dict[str, str]:
+    """Definition of `append_kv`: scatters the new tokens into the cache."""
+    cache, key, _value, table, positions = call.operands
+    batch, seq, kv_heads, head_dim = key.shape
+    stored = TensorType(key.shape, cache.element)
+    text = _fill(
+        "append_kv",
+        name=call.symbol,
+        cache=cache,
+        new=key,
+        table=table,
+        positions=positions,
+        stored=stored,
+        batch=extent(batch),
+        seq=extent(seq),
+        kv_heads=extent(kv_heads),
+        seq_dim=_operand(seq, "%seq"),
+        page_size=extent(cache.shape[4]),
+        new_dtype=key.element,
+        cache_dtype=cache.element,
+        store=_conversion(key.element, cache.element),
+    )
+    return {call.symbol: text}
+
+
+def paged_attention(call: LlmirCall) -> dict[str, str]:
+    """Definition of `paged_attention`: gathers a layer's pages, then scores, softmax and sum as separate stages."""
+    query, cache, table, positions = call.operands
+    batch, seq, heads, head_dim = query.shape
+    _pages, layers, _, kv_heads, page_size, _ = cache.shape
+    entries = table.shape[1]
+    assert heads is not None
+    assert kv_heads is not None
+    assert page_size is not None
+    group = heads // kv_heads
+    stored = None if entries is None else entries * page_size
+    softcap = float(call.constant("softcap"))
+    text = _fill(
+        "paged_attention",
+        name=call.symbol,
+        query=query,
+        cache=cache,
+        table=table,
+        positions=positions,
+        gathered=TensorType((batch, kv_heads, entries, page_size, head_dim), "f32"),
+        flat=TensorType((batch, kv_heads, stored, head_dim), "f32"),
+        grouped=TensorType((batch, seq, kv_heads, group, head_dim), "f32"),
+        scores=TensorType((batch, kv_heads, group, seq, stored), "f32"),
+        batch=extent(batch),
+        layers=extent(layers),
+        kv_heads=kv_heads,
+        group=group,
+        page_size=page_size,
+        head_dim=extent(head_dim),
+        seq_dim=_operand(seq, "%seq"),
+        seq_extent=_operand(seq, "%seq") or extent(seq),
+        table_dim=_operand(entries, "%table"),
+        table_size=_operand(entries, "%table_size"),
+        table_extent=_operand(entries, "%table_size") or extent(entries),
+        score_dims=_operands((seq, "%seq"), (stored, "%positions_stored")),
+        scale=_float(call.constant("scale")),
+        has_softcap="true" if softcap else "false",
+        softcap=_float(softcap or 1.0),
+        window=int(call.constant("window")) or _NO_WINDOW,
+        cache_dtype=cache.element,
+        load=_conversion(cache.element, "f32"),
+    )
+    return {call.symbol: text}
+
+
+def quantized_matmul(call: LlmirCall) -> dict[str, str]:
+    """Definition of `quantized_matmul`, and of the dequantisation that it calls."""
+    weight_format = str(call.constant("format"))
+    x, *planes = call.operands
+    if weight_format not in FORMATS:
+        raise CompileError(f"llmir.quantized_matmul: unknown format {weight_format!r}; known: {', '.join(FORMATS)}")
+    if len(x.shape) != 3 or x.element != "f32":
+        raise CompileError(f"llmir.quantized_matmul: x must be float32 [batch, seq, in_features], it is {x}")
+    batch, seq, columns = x.shape
+    rows = planes[0].shape[0]
+    assert batch is not None
+    assert columns is not None
+    assert rows is not None
+    block_size = FORMATS[weight_format].block_size
+    block_shape = _BLOCK_SHAPES.get(weight_format)
+    row_shape = (columns,) if block_shape is None else (columns // block_size, *block_shape)
+    weights = TensorType((rows, *row_shape), "f32")
+    activation_rows = None if seq is None else batch * seq
+    names = [plane.name for plane in FORMATS[weight_format].planes]
+    k = [f"k{index}" for index in range(len(row_shape))]
+    dequantize_symbol = f"llmir_dequantize_{weight_format}_{rows}x{columns}"
+    text = _fill(
+        "quantized_matmul",
+        name=call.symbol,
+        x=x,
+        y=TensorType((batch, seq, rows), "f32"),
+        plane_arguments=", ".join(f"%{name}: {plane}" for name, plane in zip(names, planes, strict=True)),
+        plane_operands=", ".join(f"%{name}" for name in names),
+        plane_types=", ".join(map(str, planes)),
+        dequantize=dequantize_symbol,
+        weights=weights,
+        flat=TensorType((activation_rows, columns), "f32"),
+        blocked=TensorType((activation_rows, *row_shape), "f32"),
+        product=TensorType((activation_rows, rows), "f32"),
+        x_reassociation=list(range(1, 1 + len(row_shape))),
+        batch=batch,
+        seq_extent=_operand(seq, "%seq") or extent(seq),
+        rows_dim=_operand(activation_rows, "%rows"),
+        rows_extent=_operand(activation_rows, "%rows") or extent(activation_rows),
+        block_extents=", ".join(map(str, row_shape)),
+        k=", ".join(k),
+        reductions=", ".join('"reduction"' for _ in k),
+        out_features=rows,
+    )
+    return {**_dequantize(weight_format, dequantize_symbol, planes, weights), call.symbol: text}
+
+
+def _dequantize(weight_format: str, symbol: str, planes: list[TensorType], weights: TensorType) -> dict[str, str]:
+    names = [plane.name for plane in FORMATS[weight_format].planes]
+    rows, blocks = weights.shape[:2]
+    values = {
+        **dict(zip(names, planes, strict=True)),
+        "name": symbol,
+        "weights": weights,
+        "rows": extent(rows),
+        "blocks": extent(blocks),
+        "dtype": planes[0].element,
+        "group_scales": TensorType((rows, blocks, 4, 2), "f32"),
+        "scales_name": f"llmir_k_scales_{rows}x{blocks}",
+    }
+    functions = {symbol: _fill(_TEMPLATES.get(weight_format, f"dequantize_{weight_format}"), **values)}
+    if "dmin" in names:
+        scales_name = str(values["scales_name"])
+        functions[scales_name] = _fill("dequantize_k_scales", **{**values, "name": scales_name})
+    return functions
+
+
+def _fill(template: str, **values: object) -> str:
+    text = (files(__package__) / f"{template}.mlir").read_text(encoding="utf-8")
+    return Template(text).substitute(values)
+
+
+def _operand(dimension: int | None, name: str) -> str:
+    """The operand that gives a dimension its size: nothing where the type says it."""
+    return name if dimension is None else ""
+
+
+def _operands(*dimensions: tuple[int | None, str]) -> str:
+    return ", ".join(name for dimension, name in dimensions if dimension is None)
+
+
+def _conversion(source: str, target: str) -> str:
+    """The `arith` op that converts a float; where there is nothing to convert, one that folds away."""
+    if source == target:
+        return "arith.bitcast"
+    return "arith.truncf" if _BITS[target] < _BITS[source] else "arith.extf"
+
+
+def _float(value: int | float | str) -> str:
+    return f"{float(value):.9e}"

@@ -1,0 +1,25 @@
+// Q4_1: w = d * nibble + m. Dimensions: row, block, nibble (0 low, 1 high), byte.
+util.func private @$name(%d: $d, %m: $m, %qs: $qs) -> $weights {
+  %init = tensor.empty() : $weights
+  %weights = linalg.generic {
+      indexing_maps = [affine_map<(n, g, h, j) -> (n, g)>, affine_map<(n, g, h, j) -> (n, g)>,
+                       affine_map<(n, g, h, j) -> (n, g, j)>, affine_map<(n, g, h, j) -> (n, g, h, j)>],
+      iterator_types = ["parallel", "parallel", "parallel", "parallel"]}
+      ins(%d, %m, %qs : $d, $m, $qs) outs(%init : $weights) {
+  ^bb0(%scale_f16: f16, %minimum_f16: f16, %byte: i8, %unused: f32):
+    %four = arith.constant 4 : i8
+    %mask = arith.constant 15 : i8
+    %h = linalg.index 2 : index
+    %h_i8 = arith.index_cast %h : index to i8
+    %shift = arith.muli %h_i8, %four : i8
+    %shifted = arith.shrui %byte, %shift : i8
+    %nibble = arith.andi %shifted, %mask : i8
+    %quant = arith.uitofp %nibble : i8 to f32
+    %scale = arith.extf %scale_f16 : f16 to f32
+    %minimum = arith.extf %minimum_f16 : f16 to f32
+    %scaled = arith.mulf %quant, %scale : f32
+    %weight = arith.addf %scaled, %minimum : f32
+    linalg.yield %weight : f32
+  } -> $weights
+  util.return %weights : $weights
+}
