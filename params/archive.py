@@ -106,7 +106,7 @@ def read_archive_index(path: Path) -> Mapping[str, ArchiveEntry]:
     index = ParameterIndex()
     try:
         index.load(str(path), format="irpa")
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # IREE turns each of its status codes into another type: IndexError, ValueError, ...
         raise BundleError(f"{path} is damaged or no parameter archive ({size} bytes)") from error
     entries = {}
     for key, entry in index.items():
@@ -147,9 +147,9 @@ def _create_skeleton(plan: Sequence[PlannedWeight], path: Path) -> Mapping[str, 
             index.add_buffer(key, zeros[:size])
         try:
             index.create_archive_file(str(path))
-        except RuntimeError as error:
-            # IREE's message carries no errno; its own words name the likely reason, want of space.
-            raise LlmirError(f"cannot write {path}: {str(error).split(';')[-1].strip()}") from error
+        except Exception as error:  # of a type for each status code, without errno; its words name the likely reason
+            reason = str(error).strip().splitlines()[0].split(";")[-1].strip()
+            raise LlmirError(f"cannot write {path}: {reason}") from error
         del index
     return read_archive_index(path)
 
