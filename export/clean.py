@@ -1,23 +1,39 @@
-"""Takes the noise out of a traced module: checks of what is known, and constants that are repeated at every use."""
+"""Takes the noise out of a traced module: checks of what is known, repeated constants, long names."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from iree.compiler import passmanager
+from iree.compiler import ir, passmanager
 
 _ASSERTIONS = "torch.aten._assert_tensor_metadata"
+
+# iree-turbine calls a parameter's global "__auto.model.layers.0.mlp.up_proj.weight.qs". A third of a module's text is
+# such names; the archive's key, which is what counts, stands in the global's initial value.
+_LONG_NAME = re.compile(r"^__auto\.(?:model\.)?")
 
 
 def clean(module: Any) -> None:
     """Make a traced module small, in place.
 
     Before: what torch.export gave, imported by iree-turbine.
-    After: no metadata assertions, one constant for every value, nothing unused; the functions compute the same.
+    After: no metadata assertions, one constant for every value, nothing unused, short names of globals; the functions
+    compute the same.
     """
-    functions = [operation for operation in module.regions[0].blocks[0].operations if operation.name == "func.func"]
-    for function in functions:
-        for operation in list(function.regions[0].blocks[0].operations):
+    for function in list(module.regions[0].blocks[0].operations):
+        if function.operation.name == "util.global":
+            _shorten(function.operation, "sym_name", ir.StringAttr.get)
+        if function.operation.name != "func.func":
+            continue
+        for operation in list(function.operation.regions[0].blocks[0].operations):
             if operation.operation.name == _ASSERTIONS:
                 operation.operation.erase()
+            elif operation.operation.name == "util.global.load":
+                _shorten(operation.operation, "global", ir.FlatSymbolRefAttr.get)
     passmanager.PassManager.parse("builtin.module(func.func(cse))", context=module.context).run(module)
+
+
+def _shorten(operation: Any, attribute: str, make: Any) -> None:
+    name = operation.attributes[attribute].value
+    operation.attributes[attribute] = make(_LONG_NAME.sub("", name), context=operation.context)

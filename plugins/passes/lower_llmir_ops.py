@@ -39,9 +39,7 @@ def _replace_by_call(site: Site) -> None:
         if call.layer is not None:
             layer = ir.IntegerAttr.get(ir.IndexType.get(), call.layer)
             operands.append(
-                ir.Operation.create(
-                    "arith.constant", results=[ir.IndexType.get()], attributes={"value": layer}
-                ).result
+                ir.Operation.create("arith.constant", results=[ir.IndexType.get()], attributes={"value": layer}).result
             )
         replacement = ir.Operation.create(
             "util.call",

@@ -1,0 +1,107 @@
+"""The compile driver: a portable module through the plugin's passes and iree-compile to a `.vmfb` in the bundle."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from llmir_iree.bundle import PHASES, Bundle, ModuleInfo, Phase, TargetInfo, file_sha256
+from llmir_iree.params.errors import BundleError, CompileError
+from llmir_iree.targets import Target
+
+# A compile of a large model takes a minute or two; one that takes this long will not end.
+TIMEOUT_S = 1800
+_STDERR_LINES = 12
+
+
+def compile_bundle(bundle: Bundle, target: Target, extra_flags: Sequence[str] = ()) -> TargetInfo:
+    """Compile prefill and decode for a target, side by side, and enter the modules in the manifest.
+
+    Args:
+        bundle: an exported bundle; its portable modules are read, and checked against the manifest.
+        target: what to compile for.
+        extra_flags: more flags for iree-compile, after those of the target.
+
+    Returns:
+        What the manifest now says of the target.
+
+    Raises:
+        BundleError: a portable module is missing or was changed.
+        CompileError: iree-compile failed; the message tells how to repeat it.
+    """
+    folder = bundle.path(target.folder)
+    folder.mkdir(exist_ok=True)
+    flags = (*target.flags, *extra_flags)
+    with ThreadPoolExecutor(len(PHASES)) as pool:
+        modules = dict(
+            zip(PHASES, pool.map(lambda phase: _compile_phase(bundle, phase, target, flags), PHASES), strict=True)
+        )
+    info = TargetInfo(
+        target=target.name,
+        folder=target.folder,
+        driver=target.driver,
+        compiler=f"iree-base-compiler {version('iree-base-compiler')}",
+        modules=modules,
+    )
+    targets = {**bundle.manifest.targets, target.name: info}
+    bundle.save(bundle.manifest.model_copy(update={"targets": targets}))
+    return info
+
+
+def compile_mlir(text: str, output: Path, flags: Iterable[str]) -> None:
+    """Run iree-compile on MLIR text; the output appears only when it is whole.
+
+    Raises:
+        CompileError: iree-compile failed or did not end; the message holds the command and the end of its stderr, and
+            the input is kept for repeating it.
+    """
+    from iree.compiler.tools.binaries import find_tool
+
+    # The driver script that pip installs leaves the real compiler running when it is killed; this is the real one.
+    compiler = str(Path(find_tool("iree-compile")).resolve())
+    partial = output.with_name(output.name + ".partial")
+    with tempfile.NamedTemporaryFile("w", suffix=".mlir", prefix="llmir-", delete=False) as stream:
+        stream.write(text)
+    source = Path(stream.name)
+    command = [compiler, str(source), "-o", str(partial), *flags]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        if done.returncode != 0:
+            raise CompileError(_failure(command, f"exit code {done.returncode}", done.stderr))
+        partial.replace(output)
+    except subprocess.TimeoutExpired:
+        raise CompileError(_failure(command, f"no end after {TIMEOUT_S} s", "")) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    source.unlink()
+
+
+def _compile_phase(bundle: Bundle, phase: Phase, target: Target, flags: tuple[str, ...]) -> ModuleInfo:
+    from llmir_iree.plugins.pipeline import lower
+
+    portable = bundle.manifest.portable[phase]
+    source = bundle.path(portable.file)
+    if not source.is_file() or file_sha256(source) != portable.sha256:
+        raise BundleError(f"{source}: missing, or not the module that the manifest describes; export the bundle again")
+    lowered = lower(source.read_text(encoding="utf-8"), target.family)
+    file = f"{target.folder}/{phase}.vmfb"
+    compile_mlir(lowered.text, bundle.path(file), flags)
+    return ModuleInfo(
+        file=file,
+        sha256=file_sha256(bundle.path(file)),
+        flags=flags,
+        passes=lowered.passes,
+        portable_sha256=portable.sha256,
+    )
+
+
+def _failure(command: list[str], reason: str, stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    errors = [line for line in lines if "error:" in line] or lines
+    detail = " | ".join(line.strip() for line in errors[:_STDERR_LINES])
+    return f"iree-compile: {reason}: {detail or 'no message'} (repeat with: {shlex.join(command)})"
