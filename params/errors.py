@@ -9,13 +9,20 @@ LlmirError
 └── RequestError       a prompt or an option that cannot be served
 """
 
+_MAX_MESSAGE = 1000
+
 
 class LlmirError(Exception):
     """Base of the errors that a user can mend; the message says what was wrong and what would be valid."""
 
 
 class SourceError(LlmirError):
-    """A checkpoint that cannot be found, read or believed."""
+    """A checkpoint that cannot be found, read or believed; always one printable line."""
+
+    def __init__(self, message: str) -> None:
+        # Messages quote names out of damaged or hostile files: those may hold line breaks, escape sequences, megabytes.
+        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message[:_MAX_MESSAGE])
+        super().__init__(line + ("..." if len(message) > _MAX_MESSAGE else ""))
 
 
 class ParameterError(SourceError):

@@ -92,6 +92,16 @@ def test_tensors_without_a_place_are_refused(name, gguf_spec, make_gguf):
         open_checkpoint(path)
 
 
+def test_hostile_names_make_one_printable_line(gguf_spec, make_gguf):
+    gguf_spec.raw_tensors = {"a\nb\x1b[31m" + "c" * 5000: np.zeros(8, np.float32)}
+    path = make_gguf(gguf_spec)
+    with pytest.raises(SourceError) as caught:
+        open_checkpoint(path)
+    assert r"tensor a\nb\x1b[31mccc" in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1100
+
+
 def test_rows_that_are_no_heads_are_refused(gguf_spec, make_gguf):
     gguf_spec.raw_tensors = {"blk.0.attn_q.bias": np.zeros(63, np.float32)}
     path = make_gguf(gguf_spec)
