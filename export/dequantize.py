@@ -70,7 +70,7 @@ def _q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
     low = _nibbles(ql.unflatten(-1, (2, 64))).unflatten(-1, (2, 32)).flatten(-3, -2).to(torch.int32)
     run = torch.arange(4, dtype=torch.int32)[:, None]
     high = (qh.unflatten(-1, (2, 32)).to(torch.int32)[..., None, :] >> (2 * run)) & 3
-    quants = (low + high * 16 - 32).float().flatten(-3).unflatten(-1, (16, 16))
+    quants: Tensor = (low + high * 16 - 32).float().flatten(-3).unflatten(-1, (16, 16))
     return quants * scales.float()[..., None] * d.float()[..., None, None]
 
 

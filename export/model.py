@@ -12,7 +12,7 @@ from llmir_iree.export import ops  # noqa: F401  registers the ops that the pack
 from llmir_iree.export.dequantize import dequantize
 from llmir_iree.params.errors import SourceError
 from llmir_iree.params.formats import FORMATS
-from llmir_iree.params.plan import PlannedWeight, WeightSpec
+from llmir_iree.params.plan import PlannedWeight, WeightKind, WeightSpec
 
 # What transformers calls the architectures whose modelling code was traced and compared; each is one `model_type`.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -103,7 +103,7 @@ def weight_specs(config: Any) -> tuple[WeightSpec, ...]:
     """What the model wants to find in a checkpoint, in the order of its modules; tied tables stand once, as linear."""
     model = _meta_model(config)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    kinds: dict[str, str] = {}
+    kinds: dict[str, WeightKind] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             kinds[f"{name}.weight"] = "linear"
@@ -113,6 +113,14 @@ def weight_specs(config: Any) -> tuple[WeightSpec, ...]:
         WeightSpec(name, tuple(parameter.shape), kinds.get(name, "vector"))
         for name, parameter in model.named_parameters()
     )
+
+
+def page_shape(config: Any, page_size: int) -> tuple[int, int, int, int, int]:
+    """Shape of one page of the cache: layers, 2 (key, value), kv_heads, page_size, head_dim."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, 2, kv_heads, page_size, head_dim
 
 
 def build_model(config: Any, plan: tuple[PlannedWeight, ...]) -> nn.Module:

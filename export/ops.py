@@ -1,8 +1,8 @@
 """The `llmir` ops: the contract between the traced model and the plugin that lowers it.
 
-Each op stands here with its schema, its eager implementation (the reference that every lowering is held to) and its fake
-implementation (the shapes, for tracing). All are functional: the cache goes in and comes out, and a traced program uses
-every version of it exactly once, which is what lets the compiled module update it in place.
+Each op stands here with its schema, its eager implementation (the reference that every lowering is held to) and its
+fake implementation (the shapes, for tracing). All are functional: the cache goes in and comes out, and a traced program
+uses every version of it exactly once, which is what lets the compiled module update it in place.
 
 Shapes, in the order of the dimensions:
     cache       [pages, layers, 2, kv_heads, page_size, head_dim]: dimension 2 is key, value
@@ -101,7 +101,7 @@ def paged_attention(
         float32 [batch, seq, heads, head_dim], and the cache, unchanged.
     """
     batch, seq, heads, head_dim = query.shape
-    kv_heads, page_size = cache.shape[3:5]
+    kv_heads = cache.shape[3]
     output = torch.zeros_like(query)
     for row in range(batch):
         pages = cache[page_table[row].long(), layer]

@@ -21,7 +21,7 @@ ATTENTION_NAME = "llmir_paged"
 
 @dataclass
 class PagedState:
-    """What travels through transformers' forward to every attention: the newest version of the cache, and the tables."""
+    """What travels through transformers' forward to every attention: the newest cache, and where tokens stand."""
 
     cache: Tensor
     page_table: Tensor

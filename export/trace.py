@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from llmir_iree.export.clean import clean
+from llmir_iree.export.model import page_shape
 from llmir_iree.export.step import Step
 from llmir_iree.params.errors import RequestError
 
 PARAMETER_SCOPE = "model"
-CACHE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+CacheDtype = Literal["f16", "bf16", "f32"]
+CACHE_DTYPES: dict[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _PHASES = ("prefill", "decode")
 
 # Dynamic sizes start at 2: torch.export specialises 0 and 1. Callers pad.
@@ -28,7 +30,7 @@ class TraceOptions:
 
     batch_sizes: tuple[int, ...] = (1, 4)
     page_size: int = 32
-    cache_dtype: str = "f16"
+    cache_dtype: CacheDtype = "f16"
     max_seq_len: int = 2048
 
     def __post_init__(self) -> None:
@@ -118,11 +120,7 @@ def trace_phase(model: nn.Module, config: Any, phase: str, options: TraceOptions
 
 
 def _signature(config: Any, phase: str, batch: int, options: TraceOptions) -> FunctionSpec:
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    cache_shape = ("pages", config.num_hidden_layers, 2, kv_heads, options.page_size, head_dim)
-    cache = TensorSpec("cache", options.cache_dtype, cache_shape)
+    cache = TensorSpec("cache", options.cache_dtype, ("pages", *page_shape(config, options.page_size)))
     return FunctionSpec(
         name=f"{phase}_bs{batch}",
         phase=phase,

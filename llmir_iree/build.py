@@ -17,6 +17,7 @@ from llmir_iree.bundle import (
     PHASES,
     TOKENIZER_FOLDER,
     Bundle,
+    CacheDtype,
     CacheInfo,
     FileInfo,
     FunctionInfo,
@@ -26,12 +27,14 @@ from llmir_iree.bundle import (
     file_sha256,
 )
 from llmir_iree.compile import compile_bundle
-from llmir_iree.export.trace import PortableModule, TraceOptions
-from llmir_iree.params.archive import ArchiveInfo
-from llmir_iree.params.checkpoint import Checkpoint
+from llmir_iree.export.model import build_model, load_config, page_shape, weight_specs
+from llmir_iree.export.trace import PortableModule, TraceOptions, trace_phase
+from llmir_iree.params.archive import ArchiveInfo, write_archive
+from llmir_iree.params.checkpoint import Checkpoint, open_checkpoint
 from llmir_iree.params.errors import BundleError, LlmirError, RequestError
 from llmir_iree.params.formats import LAYOUT, LAYOUT_VERSION
-from llmir_iree.params.plan import PlannedWeight
+from llmir_iree.params.plan import PlannedWeight, describe_conversions, plan_weights
+from llmir_iree.params.sources.companions import copy_tokenizer
 from llmir_iree.targets import Target
 
 # A longer default would only make page tables larger; --max-seq-len asks for more.
@@ -50,7 +53,7 @@ class BuildOptions:
     batch_sizes: tuple[int, ...] = (1, 4)
     page_size: int = 32
     max_seq_len: int | None = None
-    cache_dtype: str = "f16"
+    cache_dtype: CacheDtype = "f16"
     targets: tuple[Target, ...] = ()
 
 
@@ -71,12 +74,6 @@ def build_bundle(options: BuildOptions, report: Reporter | None = None) -> Bundl
     Raises:
         LlmirError: whatever is wrong with the checkpoint, the options, the compile or the disk, in one line.
     """
-    from llmir_iree.export.model import build_model, load_config, weight_specs
-    from llmir_iree.export.trace import trace_phase
-    from llmir_iree.params.archive import write_archive
-    from llmir_iree.params.checkpoint import open_checkpoint
-    from llmir_iree.params.plan import describe_conversions, plan_weights
-
     report = report or Reporter()
     with (
         open_checkpoint(options.source, config=options.config) as checkpoint,
@@ -141,8 +138,6 @@ def _max_seq_len(asked: int | None, config: Any) -> int:
 
 
 def _save_tokenizer(checkpoint: Checkpoint, given: Path | None, folder: Path, report: Reporter) -> None:
-    from llmir_iree.params.sources.companions import copy_tokenizer
-
     folder.mkdir()
     if given is not None:
         copy_tokenizer(given, folder)
@@ -165,7 +160,8 @@ def _describe(
     portable: Sequence[PortableModule],
 ) -> Manifest:
     functions = [function for module in portable for function in module.functions]
-    _pages, *page_shape = functions[0].arguments[-1].shape
+    cache_shape = page_shape(config, options.page_size)
+    _layers, _, kv_heads, _page_size, head_dim = cache_shape
     formats: dict[str, int] = {}
     for weight in plan:
         if weight.spec.kind != "vector":
@@ -180,15 +176,15 @@ def _describe(
                 model_type=config.model_type,
                 layers=config.num_hidden_layers,
                 heads=config.num_attention_heads,
-                kv_heads=page_shape[2],
-                head_dim=page_shape[4],
+                kv_heads=kv_heads,
+                head_dim=head_dim,
                 hidden_size=config.hidden_size,
                 vocab_size=config.vocab_size,
                 max_seq_len=options.max_seq_len,
                 bos_token_id=_token_ids(config.bos_token_id)[0] if _token_ids(config.bos_token_id) else None,
                 eos_token_ids=_token_ids(config.eos_token_id),
             ),
-            "cache": CacheInfo(dtype=options.cache_dtype, page_size=options.page_size, page_shape=tuple(page_shape)),
+            "cache": CacheInfo(dtype=options.cache_dtype, page_size=options.page_size, page_shape=cache_shape),
             "parameters": ParametersInfo(
                 file=PARAMETERS_NAME,
                 nbytes=archive.nbytes,

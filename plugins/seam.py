@@ -18,8 +18,8 @@ from llmir_iree.plugins.portable import definitions as portable
 class Implementation:
     """One way to compute an op.
 
-    `emit` gives the MLIR of the definition: private `util.func`s of which one has the symbol `call.symbol`. It takes the
-    call's tensors as builtin tensors, then the layer as an index if the op has one, and gives the op's results.
+    `emit` gives the MLIR of the definition by symbol: private `util.func`s, of which `call.symbol` takes the call's
+    tensors as builtin tensors, then the layer as an index if the op has one, and gives the op's results.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Fills the portable templates: decides shapes and names; what is computed stands in the `.mlir` files beside this one."""
+"""Fills the portable templates: shapes and names are decided here, what is computed stands in the `.mlir` files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TEMPLATES = {"f16": "dequantize_plain", "bf16": "dequantize_plain"}
 def append_kv(call: LlmirCall) -> dict[str, str]:
     """Definition of `append_kv`: scatters the new tokens into the cache."""
     cache, key, _value, table, positions = call.operands
-    batch, seq, kv_heads, head_dim = key.shape
+    batch, seq, kv_heads, _ = key.shape
     stored = TensorType(key.shape, cache.element)
     text = _fill(
         "append_kv",
