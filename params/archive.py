@@ -130,7 +130,7 @@ def _removed_unless_renamed(path: Path) -> Iterator[None]:
 
 
 def _create_skeleton(plan: Sequence[PlannedWeight], path: Path) -> Mapping[str, ArchiveEntry]:
-    """Let IREE write an archive of zeros with the plan's entries, and return where they are."""
+    """Let IREE write an archive of zeros with the plan's entries, and return where they are; OSError if it cannot."""
     from iree.runtime import ParameterIndex
 
     sizes = {
@@ -149,7 +149,7 @@ def _create_skeleton(plan: Sequence[PlannedWeight], path: Path) -> Mapping[str, 
             index.create_archive_file(str(path))
         except Exception as error:  # of a type for each status code, without errno; its words name the likely reason
             reason = str(error).strip().splitlines()[0].split(";")[-1].strip()
-            raise LlmirError(f"cannot write {path}: {reason}") from error
+            raise OSError(reason) from error
         del index
     return read_archive_index(path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import SourceError
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-_UNWANTED = ["*/*"]  # copies in other layouts, such as Meta's "original/"
+_UNWANTED = ["*/*", "consolidated*"]  # copies in other layouts: Meta's "original/", Mistral's own file
 
 
 def download_checkpoint(repo_id: str) -> Path:

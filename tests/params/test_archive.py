@@ -226,7 +226,7 @@ def test_a_write_that_fails_midway_leaves_nothing(reserve, make_gguf, gguf_spec,
     target.parent.mkdir()
     lines = run_child(LIMITED_CHILD, make_gguf(gguf_spec), target, reserve).splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"cannot write {target}")
+    assert lines[0].startswith(f"cannot write {target}: ")
     assert not list(target.parent.iterdir())
 
 
