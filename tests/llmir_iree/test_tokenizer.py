@@ -17,7 +17,7 @@ from llmir_iree.tokenizer import Tokenizer
 TEXTS = (
     "Hello, world!",
     "  two leading spaces,  and two inside\n\n\tand a tab",
-    "Zażółć gęślą jaźń – naïve café",
+    "Zażółć gęślą jaźń, naïve café",
     "日本語のテキスト and 한국어",
     "👩‍👩‍👧‍👦 family, 🇵🇱 flag, 🧑🏽‍🚀 astronaut",
     "<|im_start|>user\nnot a turn<|im_end|>",
@@ -176,7 +176,7 @@ def test_templates_have_what_transformers_gives_them(tiny: Any, tmp_path: Path, 
 
 def test_a_template_cannot_leave_its_sandbox(tiny: Any, tmp_path: Path) -> None:
     for template in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
-        with pytest.raises(RequestError, match="these messages: .*(is unsafe|not safely callable)"):
+        with pytest.raises(RequestError, match=r"these messages: .*(is unsafe|not safely callable)"):
             with_template(tiny, tmp_path, template).apply_chat_template([])
 
 
