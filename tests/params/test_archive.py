@@ -16,12 +16,12 @@ from llmir_iree.params import (
     LlmirError,
     ParameterError,
     WeightSpec,
-    dequantize,
     open_checkpoint,
     plan_weights,
     read_archive_index,
     write_archive,
 )
+from llmir_iree.params.quantize import dequantize
 
 MATRIX_TYPES = [
     kind

@@ -4,7 +4,8 @@ import gguf
 import numpy as np
 import pytest
 
-from llmir_iree.params import SourceError, dequantize, open_checkpoint
+from llmir_iree.params import SourceError, open_checkpoint
+from llmir_iree.params.quantize import dequantize
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q8_0"])

@@ -5,7 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmir_iree.params import FORMATS, READABLE_ENCODINGS, ParameterError, dequantize, quantize
+from llmir_iree.params import FORMATS, READABLE_ENCODINGS, ParameterError
+from llmir_iree.params.quantize import dequantize, quantize
 
 PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
