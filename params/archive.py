@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint import Checkpoint
-from .errors import BundleError, LlmirError, ParameterError
-from .formats import split_planes
-from .plan import PlannedWeight
-from .quantize import PLAIN_ENCODINGS, dequantize, quantize
+from llmir_iree.params.checkpoint import Checkpoint
+from llmir_iree.params.errors import BundleError, LlmirError, ParameterError
+from llmir_iree.params.formats import split_planes
+from llmir_iree.params.plan import PlannedWeight
+from llmir_iree.params.quantize import PLAIN_ENCODINGS, dequantize, quantize
 
 ALIGNMENT = 64
 """Bytes to which every entry is aligned in the file; less would make IREE copy instead of map."""

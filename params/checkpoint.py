@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ParameterError, SourceError
+from llmir_iree.params.errors import ParameterError, SourceError
 
 STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin")
 VALID_SOURCES = (
@@ -136,16 +136,16 @@ def _open(source: str | os.PathLike[str], config: Path | None) -> Checkpoint:
     if config is not None and suffix not in STATE_DICT_SUFFIXES:
         raise SourceError(f"{source} brings its own config; a config file goes only with a state dict")
     if path.is_dir():
-        from .sources.safetensors_folder import SafetensorsCheckpoint
+        from llmir_iree.params.sources.safetensors_folder import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path)
     if path.is_file():
         if suffix == ".gguf":
-            from .sources.gguf_file import GgufCheckpoint
+            from llmir_iree.params.sources.gguf_file import GgufCheckpoint
 
             return GgufCheckpoint(path)
         if suffix in STATE_DICT_SUFFIXES:
-            from .sources.state_dict import StateDictCheckpoint
+            from llmir_iree.params.sources.state_dict import StateDictCheckpoint
 
             return StateDictCheckpoint(path, config)
         if suffix == ".safetensors":
@@ -154,8 +154,8 @@ def _open(source: str | os.PathLike[str], config: Path | None) -> Checkpoint:
             )
         raise SourceError(f"{source} is of no known kind; a checkpoint is {VALID_SOURCES}")
     if suffix not in (".gguf", ".safetensors", *STATE_DICT_SUFFIXES) and _HUB_ID.fullmatch(os.fspath(source)):
-        from .sources.hub import download_checkpoint
-        from .sources.safetensors_folder import SafetensorsCheckpoint
+        from llmir_iree.params.sources.hub import download_checkpoint
+        from llmir_iree.params.sources.safetensors_folder import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(download_checkpoint(os.fspath(source)), source=os.fspath(source))
     raise SourceError(f"{source} does not exist; a checkpoint is {VALID_SOURCES}")

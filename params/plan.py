@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .checkpoint import Checkpoint, TensorInfo
-from .errors import ParameterError, SourceError
-from .formats import FORMATS, WeightFormat
-from .quantize import READABLE_ENCODINGS
+from llmir_iree.params.checkpoint import Checkpoint, TensorInfo
+from llmir_iree.params.errors import ParameterError, SourceError
+from llmir_iree.params.formats import FORMATS, WeightFormat
+from llmir_iree.params.quantize import READABLE_ENCODINGS
 
 WeightKind = Literal["linear", "embedding", "vector"]
 

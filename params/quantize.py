@@ -9,8 +9,8 @@ import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ParameterError
-from .formats import FORMATS
+from llmir_iree.params.errors import ParameterError
+from llmir_iree.params.formats import FORMATS
 
 PLAIN_ENCODINGS = frozenset({"f32", "f16", "bf16"})
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import Checkpoint, TensorInfo, require_plain_dtype
-from ..errors import SourceError
-from ..quantize import PLAIN_ENCODINGS, READABLE_ENCODINGS, dequantize
-from .gguf_config import Metadata, transformers_config
-from .gguf_header import GgufTensor, read_header
+from llmir_iree.params.checkpoint import Checkpoint, TensorInfo, require_plain_dtype
+from llmir_iree.params.errors import SourceError
+from llmir_iree.params.quantize import PLAIN_ENCODINGS, READABLE_ENCODINGS, dequantize
+from llmir_iree.params.sources.gguf_config import Metadata, transformers_config
+from llmir_iree.params.sources.gguf_header import GgufTensor, read_header
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -78,7 +78,7 @@ class GgufCheckpoint(Checkpoint):
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer that the metadata describes."""
-        from .gguf_tokenizer import write_tokenizer
+        from llmir_iree.params.sources.gguf_tokenizer import write_tokenizer
 
         write_tokenizer(Metadata(self.metadata, self.source), folder)
 

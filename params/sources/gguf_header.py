@@ -18,7 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..errors import SourceError
+from llmir_iree.params.errors import SourceError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

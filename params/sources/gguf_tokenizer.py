@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SourceError
-from .companions import write_json
-from .gguf_config import Metadata
+from llmir_iree.params.errors import SourceError
+from llmir_iree.params.sources.companions import write_json
+from llmir_iree.params.sources.gguf_config import Metadata
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import SourceError
+from llmir_iree.params.errors import SourceError
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _UNWANTED = ["*/*", "consolidated*"]  # copies in other layouts: Meta's "original/", Mistral's own file

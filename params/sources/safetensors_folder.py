@@ -18,9 +18,9 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import Checkpoint, TensorInfo, require_plain_dtype
-from ..errors import SourceError
-from .companions import check_config, copy_tokenizer, read_json
+from llmir_iree.params.checkpoint import Checkpoint, TensorInfo, require_plain_dtype
+from llmir_iree.params.errors import SourceError
+from llmir_iree.params.sources.companions import check_config, copy_tokenizer, read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

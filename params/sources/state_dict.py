@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy.typing as npt
 
-from ..checkpoint import Checkpoint, TensorInfo, require_plain_dtype
-from ..errors import SourceError
-from .companions import check_config, copy_tokenizer, read_json
+from llmir_iree.params.checkpoint import Checkpoint, TensorInfo, require_plain_dtype
+from llmir_iree.params.errors import SourceError
+from llmir_iree.params.sources.companions import check_config, copy_tokenizer, read_json
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,45 @@
+"""Compiles a torch module that calls `llmir` ops through the plugin, and runs it on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import iree.runtime as rt
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from iree.turbine import aot
+
+from llmir_iree.compile import compile_mlir
+from llmir_iree.plugins.pipeline import lower
+from llmir_iree.targets import resolve_target
+
+Run = Callable[..., tuple[np.ndarray, ...]]
+Compile = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def compile_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    def compile_for_cpu(module: torch.nn.Module, *examples: Any, dynamic_shapes: Any = None) -> Run:
+        exported = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes, strict=False)
+        portable = str(aot.export(exported).mlir_module)
+        target = resolve_target("llvm-cpu")
+        file: Path = tmp_path_factory.mktemp("compiled") / "module.vmfb"
+        compile_mlir(lower(portable, target.family).text, file, target.flags)
+        loaded = rt.load_vm_flatbuffer_file(str(file), driver="local-sync")
+
+        def run(*arguments: torch.Tensor) -> tuple[np.ndarray, ...]:
+            results = loaded.main(*map(_as_numpy, arguments))
+            results = results if isinstance(results, tuple) else (results,)
+            return tuple(result.to_host().copy() for result in results)
+
+        return run
+
+    return compile_for_cpu
+
+
+def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
