@@ -225,14 +225,15 @@ class Session:
 
     def _step(self, phase: Phase, batch_size: int, rows: Rows[Row]) -> list[RowResult]:
         """One call for at most `batch_size` rows."""
-        for row in rows:
-            length = len(row.sequence) + len(row.tokens)
+        lengths_after = [len(row.sequence) + len(row.tokens) for row in rows]
+        for row, length in zip(rows, lengths_after, strict=True):
             if length > self.max_seq_len:
                 raise RequestError(f"{length} tokens do not fit a sequence; max_seq_len is {self.max_seq_len}")
             row.sequence.reserve(length)
 
+        # No wider than needed, however many pages are reserved: a module may look at every entry of its table.
+        entries = max(_MIN_TABLE, self.pool.pages_for(max(lengths_after)))
         seq = 1 if phase == "decode" else max(_MIN_SEQ, *(len(row.tokens) for row in rows))
-        entries = max(_MIN_TABLE, *(len(row.sequence.pages) for row in rows))
         tokens = np.zeros((batch_size, seq), np.int32)
         starts = np.zeros(batch_size, np.int32)
         lengths = np.zeros(batch_size, np.int32)
@@ -241,7 +242,8 @@ class Session:
             tokens[index, seq - len(row.tokens) :] = row.tokens
             starts[index] = len(row.sequence)
             lengths[index] = len(row.tokens)
-            page_table[index, : len(row.sequence.pages)] = row.sequence.pages
+            pages = row.sequence.pages[:entries]
+            page_table[index, : len(pages)] = pages
 
         result = self.run(phase, batch_size, tokens, starts, lengths, page_table)
         for row in rows:

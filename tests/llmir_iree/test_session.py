@@ -160,6 +160,19 @@ def test_decode_picks_the_smallest_batch_that_fits(
         np.testing.assert_array_equal(result.logits(), tiny.logits([*prompt, 20]))
 
 
+def test_the_page_table_is_as_wide_as_the_tokens_need(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pages are reserved."""
+    widths = []
+    run: Callable[..., Any] = session.run
+    monkeypatch.setattr(session, "run", lambda *inputs: widths.append(inputs[-1].shape) or run(*inputs))
+    sequence = Sequence(session.pool)
+    sequence.reserve(60)
+    session.prefill([Row(sequence, tuple(range(4, 11)))])
+    session.decode([Row(sequence, (4,))])
+    session.decode([Row(sequence, (4,))])
+    assert widths == [(1, 2), (1, 2), (1, 3)]
+
+
 def test_logits_are_read_only_when_asked_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     to_host = session_module._to_host
