@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmir_iree import session as session_module
-from llmir_iree.bundle import Bundle, file_sha256
+from llmir_iree.bundle import Bundle, CacheDtype, file_sha256
 from llmir_iree.pages import PADDING_PAGE, Sequence
 from llmir_iree.params.errors import BundleError, LlmirError, RequestError, TargetError
 from llmir_iree.session import MemoryPlan, Row, Session
@@ -217,6 +217,18 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads(file.read_text())
     edit(data)
     file.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+def test_a_cache_of_any_dtype_begins_with_zeros_and_can_be_written(tiny_copy: Any, dtype: CacheDtype) -> None:
+    edit_manifest(tiny_copy.folder, lambda data: data["cache"].update(dtype=dtype))
+    session = Session(Bundle.open(tiny_copy.folder))
+    before = session.read_cache()
+    assert before.dtype == session_module.CACHE_DTYPES[dtype]
+    assert not before.any()
+    values = np.arange(before.size).reshape(before.shape).astype(before.dtype)
+    session.write_cache(values)
+    np.testing.assert_array_equal(session.read_cache(), values)
 
 
 def test_a_changed_module_is_refused(tiny_copy: Any) -> None:
