@@ -198,9 +198,8 @@ class LLM:
                     run = waiting.popleft()
                     running.append(run)
                     yield from self._advance(self.session.prefill, [run])
-                running = [run for run in running if run.finish_reason is None]
-                yield from self._advance(self.session.decode, running)
-                running = [run for run in running if run.finish_reason is None]
+                yield from self._advance(self.session.decode, [run for run in running if not run.is_finished])
+                running = [run for run in running if not run.is_finished]
         finally:  # Also when the consumer stops early.
             for run in runs:
                 self._close(run)
@@ -258,7 +257,7 @@ class LLM:
         weights, per_token = self.session.bundle.manifest.parameters.decode_bytes, self.session.cache_token_bytes
         tokens = [run.report(seconds, weights + per_token * len(run.sequence or ())) for run in runs]
         for run in runs:
-            if run.finish_reason is not None:
+            if run.is_finished:
                 self._close(run)
         return tokens
 
@@ -292,6 +291,11 @@ class _Run:
         self._start = time.perf_counter()
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has its last token."""
+        return self.finish_reason is not None
+
+    @property
     def row(self) -> Row:
         """What the cache does not hold yet: the prompt, or its rest, at first; later the newest token."""
         assert self.sequence is not None
@@ -308,7 +312,7 @@ class _Run:
             self._text = self._stop_text.push(self._decoder.push(token))
             if len(self._tokens) == self.most_tokens:
                 self.finish_reason = "length"
-        if self.finish_reason is not None:
+        if self.is_finished:
             self._text += self._stop_text.push(self._decoder.flush()) + self._stop_text.flush()
         if self._stop_text.found:
             self.finish_reason = "stop"
