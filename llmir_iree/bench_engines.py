@@ -1,0 +1,284 @@
+"""The engines that a benchmark runs, ours and its peers, behind one interface: token ids in, a step done."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmir_iree.bundle import Bundle, Phase
+from llmir_iree.machine import available_memory
+from llmir_iree.pages import PADDING_PAGE
+from llmir_iree.params.errors import RequestError, SourceError
+from llmir_iree.session import Session, StepResult
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+# The session refuses narrower ones.
+_MIN_SEQ = 2
+_MIN_TABLE = 2
+
+# llama.cpp rounds a sequence's context up to this.
+_LLAMA_CONTEXT_STEP = 256
+_GGML_LOG_ERROR = 3
+
+
+class Engine(ABC):
+    """Something that runs the model, on sequences of equal length side by side.
+
+    Attributes:
+        name: what a report calls it.
+        versions: of the packages that do the work.
+        vocab_size: token ids are below it.
+    """
+
+    name: str
+    versions: dict[str, str]
+    vocab_size: int
+
+    @abstractmethod
+    def start(self, batch: int, length: int) -> None:
+        """Empty the cache and make room for `batch` sequences of `length` tokens."""
+
+    @abstractmethod
+    def step(self, tokens: IntArray) -> None:
+        """Append tokens i32 [batch, n] to the sequences, and return when the last position's logits are there."""
+
+    @abstractmethod
+    def logits(self) -> FloatArray:
+        """f32 [batch, vocab]: logits after the last step."""
+
+    def close(self) -> None:  # noqa: B027  most have nothing to do
+        """Give memory back; the engine is of no more use."""
+
+
+class BundleEngine(Engine):
+    """The bundle's compiled modules."""
+
+    name = "llmir-iree"
+
+    def __init__(self, bundle: Bundle, target: str | None, device: str | None, batch: int, length: int) -> None:
+        """Load the modules, with a cache for up to `batch` sequences of up to `length` tokens.
+
+        Raises:
+            LlmirError: whatever `Session` refuses.
+        """
+        entries = max(_MIN_TABLE, bundle.manifest.cache.pages_for(length))
+        self.session = Session(bundle, target, device, pages=PADDING_PAGE + 1 + batch * entries)
+        self.versions = {"llmir-iree": version("llmir-iree"), "iree-base-runtime": version("iree-base-runtime")}
+        self.vocab_size = bundle.manifest.model.vocab_size
+        self._position = 0
+        self._page_table = np.zeros((0, 0), np.int32)
+        self._result: StepResult | None = None
+
+    def start(self, batch: int, length: int) -> None:
+        """Deal the pages out; what they still hold lies beyond the sequences' ends."""
+        entries = max(_MIN_TABLE, self.session.pool.pages_for(length))
+        pages = np.arange(batch * entries, dtype=np.int32) + PADDING_PAGE + 1
+        self._page_table = pages.reshape(batch, entries)
+        self._position = 0
+
+    def step(self, tokens: IntArray) -> None:
+        """A first token is a prefill, as in `Session`'s own use, where decode only ever goes on from one."""
+        batch, count = tokens.shape
+        phase: Phase = "decode" if count == 1 and self._position else "prefill"
+        if phase == "prefill" and count < _MIN_SEQ:
+            tokens = np.pad(tokens, ((0, 0), (_MIN_SEQ - count, 0)))
+        end = self._position + count
+        entries = max(_MIN_TABLE, self.session.pool.pages_for(end))
+        starts = np.full(batch, self._position, np.int32)
+        lengths = np.full(batch, count, np.int32)
+        self._result = self.session.run(phase, batch, tokens, starts, lengths, self._page_table[:, :entries])
+        self._result.next_token()  # Waits for the device.
+        self._position = end
+
+    def logits(self) -> FloatArray:
+        """f32 [batch, vocab]."""
+        assert self._result is not None
+        return self._result.logits()
+
+
+class TransformersEngine(Engine):
+    """transformers in eager float32, on the checkpoint's dequantised weights."""
+
+    name = "transformers"
+
+    def __init__(self, file: Path, threads: int) -> None:
+        """Read and dequantise the checkpoint.
+
+        Raises:
+            LlmirError: it cannot be read, or does not fit into memory as float32.
+        """
+        import torch
+        import transformers
+
+        from llmir_iree.export.model import load_config, weight_specs
+        from llmir_iree.params.checkpoint import open_checkpoint
+        from llmir_iree.params.plan import plan_weights
+        from llmir_iree.params.quantize import dequantize
+
+        self.versions = {"torch": version("torch"), "transformers": version("transformers")}
+        torch.set_num_threads(threads)
+        needed = transformers_bytes(file)
+        if needed > available_memory():
+            raise RequestError(
+                f"transformers needs {needed / 2**20:,.0f} MiB for {file} in float32, "
+                f"{available_memory() / 2**20:,.0f} MiB are available; compare with llama.cpp alone"
+            )
+        with open_checkpoint(file) as checkpoint, torch.inference_mode():
+            config = load_config(checkpoint.config)
+            plan_weights(checkpoint, weight_specs(config))  # Refuses missing tensors and other shapes.
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for name, parameter in model.named_parameters():
+                info = checkpoint.info(name)
+                values = dequantize(checkpoint.read(name), info.encoding, info.shape)
+                # A tensor may not be a view of the checkpoint's read-only mapping.
+                parameter.copy_(torch.from_numpy(np.require(values, requirements="W")))
+        self.vocab_size = config.vocab_size
+        self._torch = torch
+        self._model = model.eval()
+        self._cache: Any = None
+        self._logits: Any = None
+
+    def start(self, batch: int, length: int) -> None:
+        """Drop the cache; transformers grows a new one as it goes."""
+        self._cache = None
+
+    def step(self, tokens: IntArray) -> None:
+        """One forward pass that computes the last position's logits only."""
+        with self._torch.inference_mode():
+            ids = self._torch.from_numpy(tokens.astype(np.int64))
+            output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+        self._logits = output.logits[:, -1]
+
+    def logits(self) -> FloatArray:
+        """f32 [batch, vocab]."""
+        values: FloatArray = self._logits.float().numpy()
+        return values
+
+
+def transformers_bytes(file: Path) -> int:
+    """Bytes that a checkpoint's weights take in float32.
+
+    Raises:
+        SourceError: the checkpoint cannot be read.
+    """
+    from llmir_iree.params.checkpoint import open_checkpoint
+
+    with open_checkpoint(file) as checkpoint:
+        return sum(4 * int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+
+
+class LlamaCppEngine(Engine):
+    """llama.cpp on the CPU through llama-cpp-python's low-level calls, without its tokenizer and its samplers."""
+
+    name = "llama.cpp"
+
+    def __init__(self, file: Path, threads: int) -> None:
+        """Load the file.
+
+        Raises:
+            RequestError: the package is not installed.
+            SourceError: llama.cpp refuses the file.
+        """
+        try:
+            self._llama: Any = import_module("llama_cpp")
+        except ImportError:
+            raise RequestError(
+                'llama.cpp is not installed; pip install "llmir-iree[bench]" (it compiles for some minutes)'
+            ) from None
+        self.versions = {"llama-cpp-python": version("llama-cpp-python")}
+        self._errors: list[str] = []
+        self._log = self._llama.llama_log_callback(self._take_log)  # Held: the library keeps only the pointer.
+        self._llama.llama_log_set(self._log, ctypes.c_void_p(0))
+        self._llama.llama_backend_init()
+
+        params = self._llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = self._llama.llama_model_load_from_file(str(file).encode(), params)
+        if not self._model:
+            raise SourceError(f"llama.cpp cannot load {file}: {self._last_error()}")
+        self._threads = threads
+        self.vocab_size = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
+        self._shape = (0, 0)
+        self._context: Any = None
+        self._batch: Any = None
+        self._position = 0
+        self._count = 0
+
+    def start(self, batch: int, length: int) -> None:
+        """Clear the cache; a context of another shape is made anew, with llama.cpp's defaults in all else."""
+        room = -(-length // _LLAMA_CONTEXT_STEP) * _LLAMA_CONTEXT_STEP
+        if self._shape != (batch, room):
+            self._free_context()
+            params = self._llama.llama_context_default_params()
+            params.n_ctx = params.n_batch = batch * room  # The context is split evenly among the sequences.
+            params.n_seq_max = batch
+            params.n_threads = params.n_threads_batch = self._threads
+            self._context = self._llama.llama_init_from_model(self._model, params)
+            if not self._context:
+                raise RequestError(f"llama.cpp has no room for {batch} x {room} tokens: {self._last_error()}")
+            self._batch = self._llama.llama_batch_init(batch * room, 0, 1)
+            self._shape = (batch, room)
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+        self._position = 0
+
+    def step(self, tokens: IntArray) -> None:
+        """One llama_decode of all sequences' tokens, with logits for each sequence's last one."""
+        rows, count = tokens.shape
+        batch = self._batch
+        batch.n_tokens = tokens.size
+        for row in range(rows):
+            for column in range(count):
+                index = row * count + column
+                batch.token[index] = tokens[row, column]
+                batch.pos[index] = self._position + column
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = row
+                batch.logits[index] = column == count - 1
+        status = self._llama.llama_decode(self._context, batch)
+        if status != 0:
+            raise RequestError(f"llama_decode of {rows} x {count} tokens ended with {status}: {self._last_error()}")
+        self._llama.llama_synchronize(self._context)
+        self._position += count
+        self._count = count
+
+    def logits(self) -> FloatArray:
+        """f32 [batch, vocab]."""
+        rows = []
+        for row in range(self._shape[0]):
+            values = self._llama.llama_get_logits_ith(self._context, (row + 1) * self._count - 1)
+            rows.append(np.ctypeslib.as_array(values, (self.vocab_size,)).copy())
+        return np.stack(rows)
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        self._free_context()
+        self._llama.llama_model_free(self._model)
+
+    def _free_context(self) -> None:
+        if self._context:
+            self._llama.llama_batch_free(self._batch)
+            self._llama.llama_free(self._context)
+            self._context = None
+
+    def _take_log(self, level: int, text: bytes, _data: object) -> None:
+        if level == _GGML_LOG_ERROR:
+            self._errors.append(text.decode(errors="replace").strip())
+
+    def _last_error(self) -> str:
+        return self._errors[-1] if self._errors else "it does not say why"
+
+
+PEERS: dict[str, type[LlamaCppEngine] | type[TransformersEngine]] = {
+    LlamaCppEngine.name: LlamaCppEngine,
+    TransformersEngine.name: TransformersEngine,
+}
