@@ -10,6 +10,10 @@ from llmir_iree.params.formats import FORMATS
 from llmir_iree.plugins.calls import LlmirCall, TensorType, extent
 
 _NO_WINDOW = 2**31 - 1
+
+# Up to so many rows a dequantisation inside the contraction is done once; with more, once for every tile of rows.
+_MOST_FUSED_ROWS = 16
+
 _BITS = {"bf16": 16, "f16": 16, "f32": 32}
 
 # How a template shapes the weights of one block: the dimensions of the float32 tensor it gives, after the row.
@@ -115,8 +119,9 @@ def quantized_matmul(call: LlmirCall) -> dict[str, str]:
     names = [plane.name for plane in FORMATS[weight_format].planes]
     k = [f"k{index}" for index in range(len(row_shape))]
     dequantize_symbol = f"llmir_dequantize_{weight_format}_{rows}x{columns}"
+    few_rows = activation_rows is not None and activation_rows <= _MOST_FUSED_ROWS
     text = _fill(
-        "quantized_matmul",
+        "quantized_matmul_fused" if few_rows else "quantized_matmul",
         name=call.symbol,
         x=x,
         y=TensorType((batch, seq, rows), "f32"),

@@ -1,7 +1,7 @@
 // The eight 6-bit scales and minima of a Q4_K or Q5_K block, times the block's two float factors.
 //
-// Of the 12 bytes, the first four hold scales 0..3 in their low 6 bits, the next four the minima 0..3; the last four hold
-// the low nibbles of scales and minima 4..7, whose high 2 bits are the top bits of the first eight bytes.
+// Of the 12 bytes, the first four hold scales 0..3 in their low 6 bits, the next four the minima 0..3; the last four
+// hold the low nibbles of scales and minima 4..7, whose high 2 bits are the top bits of the first eight bytes.
 // Dimensions: row, block, group / 2, group % 2.
 util.func private @$name(%d: $d, %dmin: $dmin, %scales: $scales) -> ($group_scales, $group_scales) {
   %init = tensor.empty() : $group_scales

@@ -3,7 +3,8 @@
 // A block of 256 is eight groups of 32, in four pairs p that share 32 bytes: group 2 * p in their low nibbles, group
 // 2 * p + 1 in their high ones. Dimensions: row, block, p, u (which of the pair), j.
 util.func private @$name(%d: $d, %dmin: $dmin, %scales: $scales, %qs_flat: $qs) -> $weights {
-  %factors, %minima = util.call @${scales_name}(%d, %dmin, %scales) : ($d, $dmin, $scales) -> ($group_scales, $group_scales)
+  %factors, %minima = util.call @${scales_name}(%d, %dmin, %scales)
+      : ($d, $dmin, $scales) -> ($group_scales, $group_scales)
   %qs = tensor.expand_shape %qs_flat [[0], [1], [2, 3]] output_shape [$rows, $blocks, 4, 32]
       : $qs into tensor<${rows}x${blocks}x4x32xi8>
   %init = tensor.empty() : $weights

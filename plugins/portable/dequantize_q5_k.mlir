@@ -3,7 +3,8 @@
 // Groups and low nibbles as in Q4_K; the fifth bit of group g is bit g of the 32 bytes of qh.
 // Dimensions: row, block, p, u (which of the pair), j.
 util.func private @$name(%d: $d, %dmin: $dmin, %scales: $scales, %qh: $qh, %qs_flat: $qs) -> $weights {
-  %factors, %minima = util.call @${scales_name}(%d, %dmin, %scales) : ($d, $dmin, $scales) -> ($group_scales, $group_scales)
+  %factors, %minima = util.call @${scales_name}(%d, %dmin, %scales)
+      : ($d, $dmin, $scales) -> ($group_scales, $group_scales)
   %qs = tensor.expand_shape %qs_flat [[0], [1], [2, 3]] output_shape [$rows, $blocks, 4, 32]
       : $qs into tensor<${rows}x${blocks}x4x32xi8>
   %init = tensor.empty() : $weights

@@ -112,12 +112,13 @@ util.func private @$name(
   %positions_stored = tensor.dim %keys, %c2 : $flat
 
   // Stage 3: scores of every token against every position, one group of query heads to a key head.
-  %grouped = tensor.expand_shape %query [[0], [1], [2, 3], [4]] output_shape [$batch, $seq_extent, $kv_heads, $group, $head_dim]
-      : $query into $grouped
+  %grouped = tensor.expand_shape %query [[0], [1], [2, 3], [4]]
+      output_shape [$batch, $seq_extent, $kv_heads, $group, $head_dim] : $query into $grouped
   %score_empty = tensor.empty($score_dims) : $scores
   %score_init = linalg.fill ins(%zero_f32 : f32) outs(%score_empty : $scores) -> $scores
   %scores = linalg.generic {
-      indexing_maps = [affine_map<(b, h, g, s, t, d) -> (b, s, h, g, d)>, affine_map<(b, h, g, s, t, d) -> (b, h, t, d)>,
+      indexing_maps = [affine_map<(b, h, g, s, t, d) -> (b, s, h, g, d)>,
+                       affine_map<(b, h, g, s, t, d) -> (b, h, t, d)>,
                        affine_map<(b, h, g, s, t, d) -> (b, h, g, s, t)>],
       iterator_types = ["parallel", "parallel", "parallel", "parallel", "parallel", "reduction"]}
       ins(%grouped, %keys : $grouped, $flat) outs(%score_init : $scores) {
@@ -156,7 +157,8 @@ util.func private @$name(
   %sum_empty = tensor.empty($seq_dim) : $grouped
   %sum_init = linalg.fill ins(%zero_f32 : f32) outs(%sum_empty : $grouped) -> $grouped
   %sums = linalg.generic {
-      indexing_maps = [affine_map<(b, s, h, g, d, t) -> (b, h, g, s, t)>, affine_map<(b, s, h, g, d, t) -> (b, h, t, d)>,
+      indexing_maps = [affine_map<(b, s, h, g, d, t) -> (b, h, g, s, t)>,
+                       affine_map<(b, s, h, g, d, t) -> (b, h, t, d)>,
                        affine_map<(b, s, h, g, d, t) -> (b, s, h, g, d)>],
       iterator_types = ["parallel", "parallel", "parallel", "parallel", "parallel", "reduction"]}
       ins(%weights, %values : $scores, $flat) outs(%sum_init : $grouped) {

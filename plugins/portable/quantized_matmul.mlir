@@ -1,7 +1,6 @@
-// y[m, n] = sum over k of x[m, k] * w[n, k].
+// y[m, n] = sum over k of x[m, k] * w[n, k], for many rows: the weights are dequantised once, then multiplied.
 //
-// The weights are dequantised in the shape of their blocks and x is viewed in the same shape, so that the compiler can
-// fuse the dequantisation into the contraction; a [rows, columns] weight in between would keep it from doing so.
+// x is viewed in the shape of the weights' blocks: a [rows, columns] view of the weights in between would cost a copy.
 util.func private @$name(%x: $x, $plane_arguments) -> $y {
   %c1 = arith.constant 1 : index
   %zero = arith.constant 0.0 : f32
@@ -10,11 +9,13 @@ util.func private @$name(%x: $x, $plane_arguments) -> $y {
   %rows = arith.muli %seq, %batch_size : index
   %weights = util.call @$dequantize($plane_operands) : ($plane_types) -> $weights
   %flat = tensor.collapse_shape %x [[0, 1], [2]] : $x into $flat
-  %blocked = tensor.expand_shape %flat [[0], $x_reassociation] output_shape [$rows_extent, $block_extents] : $flat into $blocked
+  %blocked = tensor.expand_shape %flat [[0], $x_reassociation] output_shape [$rows_extent, $block_extents]
+      : $flat into $blocked
   %product_empty = tensor.empty($rows_dim) : $product
   %product_init = linalg.fill ins(%zero : f32) outs(%product_empty : $product) -> $product
   %product = linalg.generic {
-      indexing_maps = [affine_map<(m, n, $k) -> (m, $k)>, affine_map<(m, n, $k) -> (n, $k)>, affine_map<(m, n, $k) -> (m, n)>],
+      indexing_maps = [affine_map<(m, n, $k) -> (m, $k)>, affine_map<(m, n, $k) -> (n, $k)>,
+                       affine_map<(m, n, $k) -> (m, n)>],
       iterator_types = ["parallel", "parallel", $reductions]}
       ins(%blocked, %weights : $blocked, $weights) outs(%product_init : $product) {
   ^bb0(%activation: f32, %weight: f32, %sum: f32):

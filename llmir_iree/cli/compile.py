@@ -1,0 +1,62 @@
+"""llmir-compile: compiles an exported bundle for more targets, without exporting again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.progress import BuildProgress, show_flags
+
+
+def _list_targets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from llmir_iree.targets import FAMILIES
+
+    for family in FAMILIES:
+        chip = f":{family.default_chip}" if family.default_chip else ""
+        click.echo(f"{family.name + chip:16} {family.driver:12} {family.summary}")
+    ctx.exit()
+
+
+def _list_passes(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from llmir_iree.plugins.pipeline import PIPELINE
+
+    for step in PIPELINE:
+        click.echo(f"{step.name:20} {step.summary}")
+    ctx.exit()
+
+
+@click.command(cls=LlmirCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("iree_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- IREE_COMPILE_FLAG...]")
+@click.option("--target", "targets", multiple=True, default=("llvm-cpu",), help="Target to compile for; repeatable.")
+@click.option("--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets)
+@click.option("--list-passes", is_flag=True, is_eager=True, expose_value=False, callback=_list_passes)
+@click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout.")
+def main(
+    bundle: Path, iree_flags: tuple[str, ...], targets: tuple[str, ...], verbose: bool, quiet: bool, as_json: bool
+) -> None:
+    """Compile the portable modules of BUNDLE; flags after -- go to iree-compile."""
+    from llmir_iree.bundle import Bundle
+    from llmir_iree.compile import compile_bundle
+    from llmir_iree.targets import resolve_target
+
+    resolved = tuple(resolve_target(name) for name in targets)
+    opened = Bundle.open(bundle)
+    compiled = []
+    with BuildProgress(quiet=quiet) as progress:
+        report = progress.reporter()
+        for target in resolved:
+            report.stage(f"compiling for {target.name}")
+            compiled.append(compile_bundle(opened, target, iree_flags))
+    if verbose:
+        show_flags(compiled)
+    if as_json:
+        click.echo(opened.manifest.model_dump_json(indent=2))
