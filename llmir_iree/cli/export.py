@@ -14,7 +14,7 @@ QUANT_CHOICES = ("keep", "q4_0", "q8_0", "f16", "bf16")
 CACHE_DTYPES = ("f16", "bf16", "f32")
 
 
-class IntList(click.ParamType):
+class IntList(click.ParamType[tuple[int, ...]]):
     """Distinct positive integers, separated by commas."""
 
     name = "N,N,..."
