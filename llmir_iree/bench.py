@@ -222,12 +222,14 @@ def plan_cases(options: BenchOptions, bundle: Bundle) -> list[Case]:
     """Every test at every batch size, in the order asked for.
 
     Raises:
-        BundleError: the bundle was not exported for a batch size.
+        BundleError: the bundle was not exported for a batch size, or its phases have none in common.
         RequestError: a test is longer than the model's sequences.
     """
     manifest = bundle.manifest
     shared = sorted(set(manifest.batch_sizes("prefill")) & set(manifest.batch_sizes("decode")))
     cases = [Case(kind, tokens, batch) for (kind, tokens), batch in product(options.cases, options.batches or shared)]
+    if not cases:
+        raise BundleError(f"{bundle.folder}: prefill and decode have no batch size in common")
     for case in cases:
         for phase in PHASES:  # A decode needs the first token's prefill.
             manifest.function(phase, case.batch)
@@ -258,20 +260,19 @@ def _validate(
     """
     from llmir_iree.bench_engines import transformers_bytes
 
-    engines: list[Engine] = [*peers]
-    is_guest = "transformers" not in options.peers and options.gguf is not None
-    if is_guest and options.gguf is not None and transformers_bytes(options.gguf) < available_memory():
-        note("loading transformers to compare with")
-        engines.append(_open_peer("transformers", options, threads))
-    reference = next((e for e in sorted(engines, key=lambda e: e.name, reverse=True)), ours)
+    by_name: dict[str, Engine] = {peer.name: peer for peer in peers}
+    if options.gguf is not None and "transformers" not in by_name:
+        if transformers_bytes(options.gguf) < available_memory():
+            note("loading transformers to compare with")
+            by_name["transformers"] = _open_peer("transformers", options, threads)
+        else:
+            note("transformers' float32 weights do not fit into memory")
+    reference = by_name.get("transformers") or by_name.get("llama.cpp") or ours
     results = []
     for engine in (ours, *peers):
-        if engine is reference and engine is not ours:
-            continue
-        note(f"comparing {engine.name}'s logits with {reference.name}'s")
-        cosine = compare_logits(engine, reference, batches)
-        results.append(f"{engine.name} {cosine:.4f}")
-    del engines
+        if engine is not reference or engine is ours:
+            note(f"comparing the logits of {engine.name} with those of {reference.name}")
+            results.append(f"{engine.name} {compare_logits(engine, reference, batches):.4f}")
     name = "its own prefill alone, without --gguf" if reference is ours else reference.name
     return f"logits against {name}, lowest cosine similarity: {', '.join(results)}"
 

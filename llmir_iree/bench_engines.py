@@ -27,7 +27,8 @@ _MIN_TABLE = 2
 
 # llama.cpp rounds a sequence's context up to this.
 _LLAMA_CONTEXT_STEP = 256
-_GGML_LOG_ERROR = 3
+# GGML_LOG_LEVEL_ERROR of the version that pyproject.toml pins; llama-cpp-python's own table is of an older one.
+_GGML_LOG_ERROR = 4
 
 
 class Engine(ABC):
@@ -205,7 +206,7 @@ class LlamaCppEngine(Engine):
         params.n_gpu_layers = 0
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise SourceError(f"llama.cpp cannot load {file}: {self._last_error()}")
+            raise SourceError(f"llama.cpp cannot load {file}: {self._first_error()}")
         self._threads = threads
         self.vocab_size = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         self._shape = (0, 0)
@@ -223,9 +224,10 @@ class LlamaCppEngine(Engine):
             params.n_ctx = params.n_batch = batch * room  # The context is split evenly among the sequences.
             params.n_seq_max = batch
             params.n_threads = params.n_threads_batch = self._threads
+            params.offload_kqv = params.op_offload = False  # A build for GPUs would use one even without layers there.
             self._context = self._llama.llama_init_from_model(self._model, params)
             if not self._context:
-                raise RequestError(f"llama.cpp has no room for {batch} x {room} tokens: {self._last_error()}")
+                raise RequestError(f"llama.cpp has no room for {batch} x {room} tokens: {self._first_error()}")
             self._batch = self._llama.llama_batch_init(batch * room, 0, 1)
             self._shape = (batch, room)
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
@@ -246,7 +248,7 @@ class LlamaCppEngine(Engine):
                 batch.logits[index] = column == count - 1
         status = self._llama.llama_decode(self._context, batch)
         if status != 0:
-            raise RequestError(f"llama_decode of {rows} x {count} tokens ended with {status}: {self._last_error()}")
+            raise RequestError(f"llama_decode of {rows} x {count} tokens ended with {status}: {self._first_error()}")
         self._llama.llama_synchronize(self._context)
         self._position += count
         self._count = count
@@ -274,11 +276,6 @@ class LlamaCppEngine(Engine):
         if level == _GGML_LOG_ERROR:
             self._errors.append(text.decode(errors="replace").strip())
 
-    def _last_error(self) -> str:
-        return self._errors[-1] if self._errors else "it does not say why"
-
-
-PEERS: dict[str, type[LlamaCppEngine] | type[TransformersEngine]] = {
-    LlamaCppEngine.name: LlamaCppEngine,
-    TransformersEngine.name: TransformersEngine,
-}
+    def _first_error(self) -> str:
+        """The log's first error, which is the cause; those after it say what it led to."""
+        return self._errors[0] if self._errors else "it does not say why"

@@ -162,6 +162,12 @@ def test_engines_warm_up_and_then_take_turns(monkeypatch: pytest.MonkeyPatch) ->
     assert len(notes) == 2
 
 
+def test_what_others_take_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([(100.0, 1000.0), (103.0, 1012.0)])
+    monkeypatch.setattr(bench, "_cpu_seconds", lambda: next(readings))
+    assert bench.OtherLoad().share() == 0.25
+
+
 # Validation
 
 
