@@ -44,10 +44,10 @@ help: ## list the targets
 run: $(BUNDLE)/manifest.json ## set up, export and compile SmolLM2-135M, answer PROMPT
 	$(BIN)/llmir-run $(BUNDLE) --chat --prompt "$$PROMPT" --max-tokens 64
 
-test: $(DEV_INSTALLED) ## set up and run the tests; PYTEST_ARGS goes to pytest
+test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; PYTEST_ARGS goes to pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time SmolLM2-135M beside llama.cpp and transformers; BENCH_JSON=FILE for JSON
+bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time it beside llama.cpp and transformers; BENCH_JSON=FILE
 	$(BIN)/llmir-bench $(BUNDLE) --gguf "$(MODEL)" --vs llama.cpp --vs transformers \
 		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)")
 
