@@ -1,0 +1,58 @@
+"""The samples, run as a reader would run them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+BUNDLE_VARIABLE = "LLMIR_TEST_BUNDLE"
+
+# What each sample says on a bundle, whatever the model: arguments, and a pattern of its stdout.
+ON_A_BUNDLE = {
+    "generate.py": (("The capital of France is",), r"\S+"),
+    "batch.py": (
+        ("The sun is", "Ice is"),
+        r"The sun is\|[^|]+\n  \d+ tokens, ended by \w+\nIce is\|[^|]+ended by \w+\n",
+    ),
+    "conversation.py": ((), r"(?s).+ 0 from the cache\n.+ [1-9]\d* from the cache\n"),
+}
+
+
+@pytest.fixture
+def bundle() -> str:
+    if BUNDLE_VARIABLE not in os.environ:
+        pytest.skip(f"no bundle to run on: make run, then {BUNDLE_VARIABLE}=bundles/smollm2")
+    return os.path.abspath(os.environ[BUNDLE_VARIABLE])
+
+
+def run(sample: str, folder: Path, *arguments: str) -> str:
+    """Run a sample elsewhere than in the repository, so that it finds the installed package alone; its stdout."""
+    command = [sys.executable, str(SAMPLES / sample), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_custom_op_module_agrees_with_torch(tmp_path: Path) -> None:
+    output = run("custom_op_module.py", tmp_path)
+    difference = re.search(r"largest difference from torch: (\S+),", output)
+    assert difference, output
+    assert float(difference[1]) < 1e-4
+
+
+@pytest.mark.parametrize("sample", ON_A_BUNDLE)
+def test_samples_on_a_bundle(sample: str, bundle: str, tmp_path: Path) -> None:
+    arguments, expected = ON_A_BUNDLE[sample]
+    output = run(sample, tmp_path, bundle, *arguments)
+    assert re.match(expected, output.lstrip()), output
+
+
+def test_every_program_is_run_and_is_in_the_readme() -> None:
+    programs = {path.name for path in SAMPLES.glob("*.py")}
+    assert programs == {*ON_A_BUNDLE, "custom_op_module.py"}
+    listed = re.findall(r"^\| `(\w+\.py)", (SAMPLES / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert programs == set(listed)
