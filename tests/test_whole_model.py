@@ -1,0 +1,178 @@
+"""Whole models through export, compile and run, against transformers in float32 on the same dequantised weights."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from llmir_iree.build import BuildOptions, build_bundle
+from llmir_iree.bundle import Bundle
+from llmir_iree.session import Session
+from llmir_iree.targets import resolve_target
+
+# Where two logits lie closer than this, either may be the larger one; errors of a float16 cache are below it.
+TIE = 0.05
+PAGE_EDGES = (31, 32, 33, 64, 65)
+
+
+class Rows:
+    """Sequences that run through a session's explicit calls, each on pages of its own."""
+
+    def __init__(self, session: Session, batch_size: int, table_size: int = 4) -> None:
+        self.session = session
+        self.batch_size = batch_size
+        first = 1 + np.arange(batch_size, dtype=np.int32)[:, None] * table_size
+        self.page_table = (first + np.arange(table_size, dtype=np.int32)).astype(np.int32)
+        self.starts = np.zeros(batch_size, np.int32)
+
+    def step(self, phase: Any, rows: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """Feed new tokens to every row (none leaves it idle); logits [batch, vocab]."""
+        lengths = np.array([len(row) for row in rows], np.int32)
+        seq = 1 if phase == "decode" else max(2, int(lengths.max()))
+        tokens = np.zeros((self.batch_size, seq), np.int32)
+        for index, row in enumerate(rows):
+            tokens[index, seq - len(row) :] = row
+        result = self.session.run(phase, self.batch_size, tokens, self.starts, lengths, self.page_table)
+        self.starts = self.starts + lengths
+        logits = result.logits().copy()
+        assert np.array_equal(result.next_token(), logits.argmax(axis=1))
+        return logits
+
+
+def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+@pytest.fixture(scope="module")
+def session(smollm2_bundle: Bundle) -> Session:
+    return Session(smollm2_bundle, max_seq_len=512)
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2_bundle: Bundle) -> list[int]:
+    from llmir_iree.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(smollm2_bundle.path("tokenizer"))
+    messages = [{"role": "user", "content": "Write a short story about a lighthouse keeper and the sea."}]
+    return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special=False)
+
+
+def test_smollm2_prefill_and_64_decode_steps_equal_transformers(
+    session: Session, prompt: list[int], smollm2_gguf: Path, reference: Callable[[str], Any]
+) -> None:
+    rows = Rows(session, 1)
+    logits = [rows.step("prefill", [prompt])[0]]
+    tokens = [int(logits[0].argmax())]
+    for _ in range(64):
+        logits.append(rows.step("decode", [tokens[-1:]])[0])
+        tokens.append(int(logits[-1].argmax()))
+
+    expected = reference(str(smollm2_gguf))([[*prompt, *tokens[:-1]]])[0, len(prompt) - 1 :]
+    assert cosine(np.stack(logits), expected).min() >= 0.999
+    for position, (token, truth) in enumerate(zip(tokens, expected, strict=True)):
+        margin = float(truth.max() - truth[token])
+        assert margin < TIE, f"token {position}: chose {token}, transformers {truth.argmax()}, {margin} above it"
+
+
+def test_smollm2_prefill_equals_transformers_at_every_position(
+    session: Session, prompt: list[int], smollm2_gguf: Path, reference: Callable[[str], Any]
+) -> None:
+    expected = reference(str(smollm2_gguf))([prompt])[0]
+    for length in range(1, len(prompt) + 1):
+        got = Rows(session, 1).step("prefill", [prompt[:length]])[0]
+        assert cosine(got, expected[length - 1]) >= 0.999
+
+
+@pytest.mark.parametrize("length", PAGE_EDGES)
+def test_decode_after_prefill_equals_one_longer_prefill(session: Session, length: int) -> None:
+    tokens = np.random.default_rng(length).integers(3, 40_000, length + 3).tolist()
+    stepwise = Rows(session, 1)
+    stepwise.step("prefill", [tokens[:length]])
+    for end in range(length + 1, length + 4):
+        got = stepwise.step("decode", [tokens[end - 1 : end]])
+        expected = Rows(session, 1).step("prefill", [tokens[:end]])
+        np.testing.assert_allclose(got, expected, atol=0.02)
+
+
+def test_a_prefill_in_pieces_equals_one_prefill(session: Session) -> None:
+    tokens = np.random.default_rng(0).integers(3, 40_000, 70).tolist()
+    pieces = Rows(session, 1)
+    for start, stop in ((0, 31), (31, 33), (33, 64), (64, 70)):
+        got = pieces.step("prefill", [tokens[start:stop]])
+    np.testing.assert_allclose(got, Rows(session, 1).step("prefill", [tokens]), atol=0.02)
+
+
+def test_a_batch_of_unequal_lengths_equals_its_rows_alone(session: Session) -> None:
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(3, 40_000, length + 1).tolist() for length in (31, 33, 64)]
+    batch = Rows(session, 4)
+    got = batch.step("prefill", [*(text[:-1] for text in texts), []])
+    after = batch.step("decode", [*(text[-1:] for text in texts), []])
+    for index, text in enumerate(texts):
+        alone = Rows(session, 1)
+        np.testing.assert_allclose(got[index], alone.step("prefill", [text[:-1]])[0], atol=0.02)
+        np.testing.assert_allclose(after[index], alone.step("decode", [text[-1:]])[0], atol=0.02)
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+def test_padded_table_entries_never_change_a_result(session: Session, padding: int) -> None:
+    tokens = np.random.default_rng(2).integers(3, 40_000, 34).tolist()
+    clean = Rows(session, 1)
+    expected = [clean.step("prefill", [tokens[:33]]), clean.step("decode", [tokens[33:]])]
+
+    cache = np.zeros_like(session.read_cache())
+    cache[padding] = np.nan
+    session.write_cache(cache)
+    padded = Rows(session, 1, table_size=2)
+    padded.page_table = np.array([[3, 5, padding, padding, padding]], np.int32)
+    got = [padded.step("prefill", [tokens[:33]]), padded.step("decode", [tokens[33:]])]
+    session.write_cache(np.zeros_like(cache))
+    np.testing.assert_array_equal(np.stack(got), np.stack(expected))
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+        ("mistral", {"sliding_window": 12}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+    ],
+    ids=["llama3-rope-tied", "llama-biases-no-groups", "mistral-window", "qwen2-biases-tied", "qwen3-head-norms"],
+)
+def test_every_architecture_equals_transformers(
+    model_type: str,
+    options: dict[str, Any],
+    tiny_checkpoint: Callable[..., Path],
+    reference: Callable[[str], Any],
+    tmp_path: Path,
+) -> None:
+    source = str(tiny_checkpoint(model_type, **options))
+    target = resolve_target("llvm-cpu")
+    bundle = build_bundle(
+        BuildOptions(source, tmp_path / "bundle", batch_sizes=(2,), page_size=16, cache_dtype="f32", targets=(target,))
+    )
+    rng = np.random.default_rng(0)
+    texts = rng.integers(0, 96, (2, 40))
+    expected = reference(source)(texts.tolist())
+    rows = Rows(Session(bundle, pages=16), 2)
+    got = rows.step("prefill", texts[:, :33].tolist())
+    np.testing.assert_allclose(got, expected[:, 32], rtol=1e-3, atol=1e-3)
+    for position in range(33, 40):
+        got = rows.step("decode", texts[:, position : position + 1].tolist())
+        np.testing.assert_allclose(got, expected[:, position], rtol=1e-3, atol=1e-3)
