@@ -1,6 +1,5 @@
 """The samples, run as a reader would run them."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,25 +7,19 @@ from pathlib import Path
 
 import pytest
 
-SAMPLES = Path(__file__).parents[1] / "samples"
-BUNDLE_VARIABLE = "LLMIR_TEST_BUNDLE"
+from llmir_iree.bundle import Bundle
 
-# What each sample says on a bundle, whatever the model: arguments, and a pattern of its stdout.
+SAMPLES = Path(__file__).parents[1] / "samples"
+
+# What each sample says on a bundle: arguments, and a pattern of its stdout.
 ON_A_BUNDLE = {
-    "generate.py": (("The capital of France is",), r"\S+"),
+    "generate.py": (("The capital of France is",), r"Paris"),
     "batch.py": (
         ("The sun is", "Ice is"),
         r"The sun is\|[^|]+\n  \d+ tokens, ended by \w+\nIce is\|[^|]+ended by \w+\n",
     ),
     "conversation.py": ((), r"(?s).+ 0 from the cache\n.+ [1-9]\d* from the cache\n"),
 }
-
-
-@pytest.fixture
-def bundle() -> str:
-    if BUNDLE_VARIABLE not in os.environ:
-        pytest.skip(f"no bundle to run on: make run, then {BUNDLE_VARIABLE}=bundles/smollm2")
-    return os.path.abspath(os.environ[BUNDLE_VARIABLE])
 
 
 def run(sample: str, folder: Path, *arguments: str) -> str:
@@ -45,9 +38,9 @@ def test_custom_op_module_agrees_with_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sample", ON_A_BUNDLE)
-def test_samples_on_a_bundle(sample: str, bundle: str, tmp_path: Path) -> None:
+def test_samples_on_a_bundle(sample: str, smollm2_bundle: Bundle, tmp_path: Path) -> None:
     arguments, expected = ON_A_BUNDLE[sample]
-    output = run(sample, tmp_path, bundle, *arguments)
+    output = run(sample, tmp_path, str(smollm2_bundle.folder.absolute()), *arguments)
     assert re.match(expected, output.lstrip()), output
 
 
