@@ -5,6 +5,7 @@ PYTHON ?= python3
 PROMPT ?= What does a compiler do? Answer in one sentence.
 PYTEST_ARGS ?=
 BENCH_JSON ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +50,7 @@ test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; PYTEST_AR
 
 bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time it beside llama.cpp and transformers; BENCH_JSON=FILE
 	$(BIN)/llmir-bench $(BUNDLE) --target $(TARGET) --gguf "$$(cat $(MODEL_INSTALLED))" --vs llama.cpp --vs transformers \
-		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)")
+		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)") $(BENCH_ARGS)
 
 lint: $(DEV_INSTALLED) ## check style and format
 	$(BIN)/ruff check --quiet
