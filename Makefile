@@ -45,8 +45,10 @@ help: ## list the targets
 run: $(BUNDLE)/manifest.json ## set up, export and compile SmolLM2-135M, answer PROMPT
 	$(BIN)/llmir-run $(BUNDLE) --target $(TARGET) --chat --prompt "$$PROMPT" --max-tokens 64
 
+# Programs that the tests start would import the folder llmir_iree, which stands in their working directory, instead of
+# the installed package.
 test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; PYTEST_ARGS goes to pytest
-	$(BIN)/pytest $(PYTEST_ARGS)
+	PYTHONSAFEPATH=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time it beside llama.cpp and transformers; BENCH_JSON=FILE
 	$(BIN)/llmir-bench $(BUNDLE) --target $(TARGET) --gguf "$$(cat $(MODEL_INSTALLED))" --vs llama.cpp --vs transformers \
