@@ -89,7 +89,7 @@ $(DEV_INSTALLED): pyproject.toml | $(INSTALLED)
 $(BENCH_INSTALLED): pyproject.toml | $(INSTALLED)
 	@echo "llama-cpp-python builds from source: about 10 minutes the first time, and it needs a C and C++ compiler"
 	rm -rf build
-	$(PIP) install '.[bench]'
+	$(PIP) install --no-warn-conflicts '.[bench]'
 	@touch $@
 
 $(MODEL_INSTALLED): $(CREATED)
