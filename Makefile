@@ -63,7 +63,7 @@ typecheck: $(DEV_INSTALLED) ## check types
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p llmir_iree
 
 clean: ## remove the virtual environment, the bundle and all caches
-	rm -rf $(VENV) $(BUNDLE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache samples/.ruff_cache .hypothesis
 	find $(PACKAGES) samples tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(CREATED):
