@@ -78,7 +78,7 @@ def compile_mlir(text: str, output: Path, flags: Iterable[str]) -> None:
         raise CompileError(_failure(command, f"no end after {TIMEOUT_S} s", "")) from None
     finally:
         partial.unlink(missing_ok=True)
-    source.unlink()
+    source.unlink(missing_ok=True)
 
 
 def _compile_phase(bundle: Bundle, phase: Phase, target: Target, flags: tuple[str, ...]) -> ModuleInfo:

@@ -1,9 +1,9 @@
 """Generation in layers: one step (`Session`), a stream of steps, one call.
 
-llm = LLM("bundles/smollm2")
-llm.generate("The sky is", SamplingParams(max_tokens=20)).text
-for token in llm.stream("The sky is"):
-print(token.text, end="")
+>>> llm = LLM("bundles/smollm2")
+>>> llm.generate("The sky is", SamplingParams(max_tokens=20)).text
+>>> for token in llm.stream("The sky is"):
+...     print(token.text, end="")
 """
 
 from __future__ import annotations

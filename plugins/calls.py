@@ -1,10 +1,10 @@
-"""The `llmir` ops of a module, read into typed calls; and the key that tells which calls share one definition."""
+"""The `llmir` ops of a module as typed calls, and how an operation becomes the call of a definition."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from iree.compiler import ir
@@ -114,9 +114,57 @@ def walk(operation: ir.Operation) -> Iterator[ir.Operation]:
                 yield from walk(inner.operation)
 
 
+def call_definition(
+    operation: ir.Operation, symbol: str, tensors: Sequence[ir.Value], layer: int | None = None
+) -> None:
+    """Replace an operation of the torch dialect by a call of a definition on builtin tensors.
+
+    Args:
+        operation: what to replace; it is erased.
+        symbol: the definition's name.
+        tensors: what to pass, torch tensors that become builtin ones.
+        layer: passed as an index behind the tensors, if given.
+    """
+    with ir.InsertionPoint(operation), operation.location:
+        operands = [_builtin(tensor) for tensor in tensors]
+        if layer is not None:
+            index = ir.IntegerAttr.get(ir.IndexType.get(), layer)
+            constant = ir.Operation.create("arith.constant", results=[index.type], attributes={"value": index})
+            operands.append(constant.result)
+        call = ir.Operation.create(
+            "util.call",
+            results=[ir.Type.parse(str(TensorType.parse(str(result.type)))) for result in operation.results],
+            operands=operands,
+            attributes={"callee": ir.FlatSymbolRefAttr.get(symbol)},
+        )
+        for old, new in zip(operation.results, call.results, strict=True):
+            value = ir.Operation.create("torch_c.from_builtin_tensor", results=[old.type], operands=[new])
+            old.replace_all_uses_with(value.result)
+    operation.erase()
+
+
+def append_definitions(module: ir.Module, functions: Mapping[str, str]) -> None:
+    """Append definitions, MLIR text by symbol, to a module.
+
+    Raises:
+        CompileError: one of them is not valid MLIR.
+    """
+    try:
+        parsed = ir.Module.parse("\n".join(functions.values()))
+    except ir.MLIRError as error:
+        raise CompileError(f"a definition among {', '.join(functions)} is not valid MLIR: {error}") from None
+    for function in list(parsed.body.operations):
+        module.body.append(function.operation.detach_from_parent())
+
+
 def extent(dimension: int | None) -> str:
     """A dimension as MLIR writes it."""
     return "?" if dimension is None else str(dimension)
+
+
+def _builtin(tensor: ir.Value) -> ir.Value:
+    builtin = ir.Type.parse(str(TensorType.parse(str(tensor.type))))
+    return ir.Operation.create("torch_c.to_builtin_tensor", results=[builtin], operands=[tensor]).result
 
 
 def _operator_name(operation: ir.Operation) -> str:

@@ -9,6 +9,7 @@ from iree.compiler import ir
 
 from llmir_iree.params.errors import CompileError
 from llmir_iree.plugins.passes.lower_llmir_ops import lower_llmir_ops
+from llmir_iree.plugins.passes.split_argmax import split_argmax
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Pass:
 
 
 PIPELINE: tuple[Pass, ...] = (
+    Pass("split-argmax", "replace the arg-max by two reductions on targets that cannot compile it", split_argmax),
     Pass("lower-llmir-ops", "replace each llmir op by the definition that the seam chooses", lower_llmir_ops),
 )
 

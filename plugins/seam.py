@@ -35,7 +35,16 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "append_kv": (Implementation("portable", portable.append_kv),),
     "paged_attention": (Implementation("portable", portable.paged_attention),),
-    "quantized_matmul": (Implementation("portable", portable.quantized_matmul),),
+    "quantized_matmul": (
+        # SPIR-V targets cannot legalise the fused form: its vectorised indices want workgroup memory of type index.
+        Implementation(
+            "portable-fused",
+            portable.quantized_matmul_fused,
+            targets=frozenset({"llvm-cpu", "cuda", "rocm"}),
+            accepts=portable.has_few_rows,
+        ),
+        Implementation("portable", portable.quantized_matmul),
+    ),
 }
 
 

@@ -1,6 +1,5 @@
 """TinyLlama-1.1B shapes with seeded random weights, from a `.pt`: exports, compiles, runs, within its memory."""
 
-import json
 import re
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from llmir_iree.bundle import Bundle
 
 SHAPES = {
     "model_type": "llama",
@@ -22,6 +23,7 @@ SHAPES = {
     "max_position_embeddings": 2048,
 }
 MIB = 1 << 20
+PAGES = 33
 
 
 def state_dict() -> dict[str, torch.Tensor]:
@@ -67,12 +69,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_exports_compiles_and_decodes_within_its_memory(checkpoint: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    command = [sys.executable, "-m", "llmir_iree.cli.export", str(checkpoint), "-o", str(bundle)]
+    command = [str(Path(sys.executable).with_name("llmir-export")), str(checkpoint), "-o", str(bundle)]
     exporting = peak_anonymous_mib([*command, "--quant", "q4_0", "--batch", "1", "--quiet"])
     assert exporting < checkpoint.stat().st_size / MIB / 4 + 1024
 
-    cache = 33 * json.loads((bundle / "manifest.json").read_text())["cache"]["page_shape"][0] * 2 * 4 * 32 * 64 * 2
-    running = peak_anonymous_mib([sys.executable, "-c", RUN, str(bundle)])
+    cache = PAGES * Bundle.open(bundle).manifest.cache.page_bytes
+    running = peak_anonymous_mib([sys.executable, "-c", RUN, str(bundle), str(PAGES)])
     assert running < 200 + cache / MIB + ACTIVATIONS_MIB
 
 
@@ -85,7 +87,7 @@ import numpy as np
 from llmir_iree.bundle import Bundle
 from llmir_iree.session import Session
 
-session = Session(Bundle.open(sys.argv[1]), pages=33, max_seq_len=1024)
+session = Session(Bundle.open(sys.argv[1]), pages=int(sys.argv[2]), max_seq_len=1024)
 table = np.arange(1, 5, dtype=np.int32)[None]
 one = np.ones(1, np.int32)
 prompt = np.random.default_rng(0).integers(0, 32000, (1, 64), dtype=np.int32)

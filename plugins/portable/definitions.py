@@ -11,7 +11,7 @@ from llmir_iree.plugins.calls import LlmirCall, TensorType, extent
 
 _NO_WINDOW = 2**31 - 1
 
-# Up to so many rows a dequantisation inside the contraction is done once; with more, once for every tile of rows.
+# With more, the compiler tiles the rows and dequantises anew for every tile.
 _MOST_FUSED_ROWS = 16
 
 _BITS = {"bf16": 16, "f16": 16, "f32": 32}
@@ -45,6 +45,7 @@ def append_kv(call: LlmirCall) -> dict[str, str]:
         seq=extent(seq),
         kv_heads=extent(kv_heads),
         seq_dim=_operand(seq, "%seq"),
+        seq_sizes=_sizes(seq, "%seq"),
         page_size=extent(cache.shape[4]),
         new_dtype=key.element,
         cache_dtype=cache.element,
@@ -57,7 +58,7 @@ def paged_attention(call: LlmirCall) -> dict[str, str]:
     """Definition of `paged_attention`: gathers a layer's pages, then scores, softmax and sum as separate stages."""
     query, cache, table, positions = call.operands
     batch, seq, heads, head_dim = query.shape
-    _pages, layers, _, kv_heads, page_size, _ = cache.shape
+    pages, layers, _, kv_heads, page_size, _ = cache.shape
     entries = table.shape[1]
     assert heads is not None
     assert kv_heads is not None
@@ -84,7 +85,11 @@ def paged_attention(call: LlmirCall) -> dict[str, str]:
         head_dim=extent(head_dim),
         seq_dim=_operand(seq, "%seq"),
         seq_extent=_operand(seq, "%seq") or extent(seq),
-        table_dim=_operand(entries, "%table"),
+        page_sizes=_sizes(pages, "%pages"),
+        page_counts=_sizes(pages, "%page_count"),
+        page_extent=_operand(pages, "%page_count") or extent(pages),
+        table_sizes=_sizes(entries, "%table"),
+        table_counts=_sizes(entries, "%table_size"),
         table_size=_operand(entries, "%table_size"),
         table_extent=_operand(entries, "%table_size") or extent(entries),
         score_dims=_operands((seq, "%seq"), (stored, "%positions_stored")),
@@ -99,7 +104,23 @@ def paged_attention(call: LlmirCall) -> dict[str, str]:
 
 
 def quantized_matmul(call: LlmirCall) -> dict[str, str]:
-    """Definition of `quantized_matmul`, and of the dequantisation that it calls."""
+    """Definition of `quantized_matmul` that dequantises the weights, if they are not float32, then multiplies."""
+    is_float = call.constant("format") == "f32"
+    return _quantized_matmul(call, "quantized_matmul_fused" if is_float else "quantized_matmul")
+
+
+def quantized_matmul_fused(call: LlmirCall) -> dict[str, str]:
+    """Definition of `quantized_matmul` that dequantises as it multiplies, for calls that `has_few_rows` accepts."""
+    return _quantized_matmul(call, "quantized_matmul_fused")
+
+
+def has_few_rows(call: LlmirCall) -> bool:
+    """Whether the activations are so few rows that a dequantisation inside the contraction is done only once."""
+    batch, seq = call.operands[0].shape[:2]
+    return batch is not None and seq is not None and batch * seq <= _MOST_FUSED_ROWS
+
+
+def _quantized_matmul(call: LlmirCall, template: str) -> dict[str, str]:
     weight_format = str(call.constant("format"))
     x, *planes = call.operands
     if weight_format not in FORMATS:
@@ -119,9 +140,8 @@ def quantized_matmul(call: LlmirCall) -> dict[str, str]:
     names = [plane.name for plane in FORMATS[weight_format].planes]
     k = [f"k{index}" for index in range(len(row_shape))]
     dequantize_symbol = f"llmir_dequantize_{weight_format}_{rows}x{columns}"
-    few_rows = activation_rows is not None and activation_rows <= _MOST_FUSED_ROWS
     text = _fill(
-        "quantized_matmul_fused" if few_rows else "quantized_matmul",
+        template,
         name=call.symbol,
         x=x,
         y=TensorType((batch, seq, rows), "f32"),
@@ -137,6 +157,7 @@ def quantized_matmul(call: LlmirCall) -> dict[str, str]:
         batch=batch,
         seq_extent=_operand(seq, "%seq") or extent(seq),
         rows_dim=_operand(activation_rows, "%rows"),
+        rows_sizes=_sizes(activation_rows, "%rows"),
         rows_extent=_operand(activation_rows, "%rows") or extent(activation_rows),
         block_extents=", ".join(map(str, row_shape)),
         k=", ".join(k),
@@ -144,6 +165,19 @@ def quantized_matmul(call: LlmirCall) -> dict[str, str]:
         out_features=rows,
     )
     return {**_dequantize(weight_format, dequantize_symbol, planes, weights), call.symbol: text}
+
+
+def argmax(symbol: str, batch: int, vocab: int) -> str:
+    """Definition of an arg-max over the rows of float32 [batch, vocab], as int64 [batch]."""
+    return _fill(
+        "argmax",
+        name=symbol,
+        x=TensorType((batch, vocab), "f32"),
+        largest=TensorType((batch,), "f32"),
+        least=TensorType((batch,), "i32"),
+        indices=TensorType((batch,), "i64"),
+        last=vocab - 1,
+    )
 
 
 def _dequantize(weight_format: str, symbol: str, planes: list[TensorType], weights: TensorType) -> dict[str, str]:
@@ -174,6 +208,11 @@ def _fill(template: str, **values: object) -> str:
 def _operand(dimension: int | None, name: str) -> str:
     """The operand that gives a dimension its size: nothing where the type says it."""
     return name if dimension is None else ""
+
+
+def _sizes(dimension: int | None, name: str) -> str:
+    """The braces behind a type of which one dimension is dynamic."""
+    return f"{{{name}}}" if dimension is None else ""
 
 
 def _operands(*dimensions: tuple[int | None, str]) -> str:

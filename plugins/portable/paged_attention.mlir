@@ -39,8 +39,8 @@ util.func private @$name(
   // Stage 2: keys and values of the layer as float32, in the order of positions. What lies past the end of a row is
   // zero here whatever the page holds, because a weight of zero does not cancel a NaN.
   %gathered:3 = flow.dispatch.workgroups[%table, %pages](%cache, %page_table, %lengths, %layer, %table, %pages)
-      : ($cache{%pages}, $table{$table_dim}, tensor<${batch}xi32>, index, index, index)
-      -> (%cache{%pages}, $gathered{$table_dim}, $gathered{$table_dim}) =
+      : ($cache$page_sizes, $table$table_sizes, tensor<${batch}xi32>, index, index, index)
+      -> (%cache$page_sizes, $gathered$table_sizes, $gathered$table_sizes) =
       (%cache_ref: !iree_tensor_ext.dispatch.tensor<readwrite:$cache>,
        %table_ref: !iree_tensor_ext.dispatch.tensor<readonly:$table>,
        %lengths_ref: !iree_tensor_ext.dispatch.tensor<readonly:tensor<${batch}xi32>>,
@@ -55,18 +55,18 @@ util.func private @$name(
     %table_size = iree_tensor_ext.dispatch.workload.ordinal %table_arg, 0 : index
     %page_count = iree_tensor_ext.dispatch.workload.ordinal %pages_arg, 1 : index
     %cache_shaped = flow.dispatch.tie_shape %cache_ref
-        : !iree_tensor_ext.dispatch.tensor<readwrite:$cache>{%page_count}
+        : !iree_tensor_ext.dispatch.tensor<readwrite:$cache>$page_counts
     %table_shaped = flow.dispatch.tie_shape %table_ref
-        : !iree_tensor_ext.dispatch.tensor<readonly:$table>{$table_size}
+        : !iree_tensor_ext.dispatch.tensor<readonly:$table>$table_counts
     %keys_shaped = flow.dispatch.tie_shape %keys_ref
-        : !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>{$table_size}
+        : !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>$table_counts
     %values_shaped = flow.dispatch.tie_shape %values_ref
-        : !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>{$table_size}
+        : !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>$table_counts
     %stored = iree_tensor_ext.dispatch.tensor.load %cache_shaped, offsets = [0, 0, 0, 0, 0, 0],
-        sizes = [%page_count, $layers, 2, $kv_heads, $page_size, $head_dim], strides = [1, 1, 1, 1, 1, 1]
-        : !iree_tensor_ext.dispatch.tensor<readwrite:$cache>{%page_count} -> $cache
+        sizes = [$page_extent, $layers, 2, $kv_heads, $page_size, $head_dim], strides = [1, 1, 1, 1, 1, 1]
+        : !iree_tensor_ext.dispatch.tensor<readwrite:$cache>$page_counts -> $cache
     %entries = iree_tensor_ext.dispatch.tensor.load %table_shaped, offsets = [0, 0], sizes = [$batch, $table_extent],
-        strides = [1, 1] : !iree_tensor_ext.dispatch.tensor<readonly:$table>{$table_size} -> $table
+        strides = [1, 1] : !iree_tensor_ext.dispatch.tensor<readonly:$table>$table_counts -> $table
     %row_lengths = iree_tensor_ext.dispatch.tensor.load %lengths_ref, offsets = [0], sizes = [$batch], strides = [1]
         : !iree_tensor_ext.dispatch.tensor<readonly:tensor<${batch}xi32>> -> tensor<${batch}xi32>
     %gathered_init = tensor.empty($table_size) : $gathered
@@ -98,10 +98,10 @@ util.func private @$name(
     } -> ($gathered, $gathered)
     iree_tensor_ext.dispatch.tensor.store %row_keys, %keys_shaped, offsets = [0, 0, 0, 0, 0],
         sizes = [$batch, $kv_heads, $table_extent, $page_size, $head_dim], strides = [1, 1, 1, 1, 1]
-        : $gathered -> !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>{$table_size}
+        : $gathered -> !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>$table_counts
     iree_tensor_ext.dispatch.tensor.store %row_values, %values_shaped, offsets = [0, 0, 0, 0, 0],
         sizes = [$batch, $kv_heads, $table_extent, $page_size, $head_dim], strides = [1, 1, 1, 1, 1]
-        : $gathered -> !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>{$table_size}
+        : $gathered -> !iree_tensor_ext.dispatch.tensor<writeonly:$gathered>$table_counts
     flow.return
   } count(%table_load: index, %pages_load: index) -> (index, index, index) {
     %x, %y, %z = iree_tensor_ext.dispatch.workgroup_count_from_slice(%table_load, %pages_load)

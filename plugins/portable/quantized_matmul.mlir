@@ -7,7 +7,11 @@ util.func private @$name(%x: $x, $plane_arguments) -> $y {
   %seq = tensor.dim %x, %c1 : $x
   %batch_size = arith.constant $batch : index
   %rows = arith.muli %seq, %batch_size : index
-  %weights = util.call @$dequantize($plane_operands) : ($plane_types) -> $weights
+  // A dispatch of its own: fused, it would be done for every tile of rows, and does not compile for SPIR-V targets.
+  %weights = flow.dispatch.region -> ($weights) {
+    %dequantized = util.call @$dequantize($plane_operands) : ($plane_types) -> $weights
+    flow.return %dequantized : $weights
+  }
   %flat = tensor.collapse_shape %x [[0, 1], [2]] : $x into $flat
   %blocked = tensor.expand_shape %flat [[0], $x_reassociation] output_shape [$rows_extent, $block_extents]
       : $flat into $blocked

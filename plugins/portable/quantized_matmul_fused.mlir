@@ -2,13 +2,17 @@
 //
 // The weights are read once and never stored as floats, so that the memory a step needs does not grow with the model.
 util.func private @$name(%x: $x, $plane_arguments) -> $y {
+  %c1 = arith.constant 1 : index
+  %batch_size = arith.constant $batch : index
+  %seq = tensor.dim %x, %c1 : $x
+  %rows = arith.muli %seq, %batch_size : index
   %flat = tensor.collapse_shape %x [[0, 1], [2]] : $x into $flat
   %blocked = tensor.expand_shape %flat [[0], $x_reassociation] output_shape [$rows_extent, $block_extents]
       : $flat into $blocked
-  %product = flow.dispatch.region -> ($product) {
+  %product = flow.dispatch.region -> ($product$rows_sizes) {
     %zero = arith.constant 0.0 : f32
     %weights = util.call @$dequantize($plane_operands) : ($plane_types) -> $weights
-    %product_empty = tensor.empty() : $product
+    %product_empty = tensor.empty($rows_dim) : $product
     %product_init = linalg.fill ins(%zero : f32) outs(%product_empty : $product) -> $product
     %sums = linalg.generic {
         indexing_maps = [affine_map<(m, n, $k) -> (m, $k)>, affine_map<(m, n, $k) -> (n, $k)>,

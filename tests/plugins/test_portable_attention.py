@@ -92,6 +92,11 @@ def test_a_large_cache_with_a_short_table(compiled: Any) -> None:
     check(compiled(1), inputs([3], [4], pages=301))
 
 
+def test_static_sizes_are_another_specialisation(compile_for_cpu: Any) -> None:
+    arguments = inputs([3], [9])
+    check(compile_for_cpu(AppendAndAttend(), *arguments), arguments)
+
+
 @pytest.mark.parametrize("padding", [0, 5])
 def test_padded_entries_never_reach_a_result(compiled: Any, padding: int) -> None:
     query, key, value, cache, page_table, positions = inputs([3], [4])
