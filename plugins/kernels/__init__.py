@@ -1,0 +1,1 @@
+"""Kernels in C, compiled to freestanding objects that iree-compile links into a dispatch."""

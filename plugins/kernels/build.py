@@ -1,0 +1,126 @@
+"""Compiles the kernels: to freestanding objects for every instruction set, and to a shared library for tests.
+
+The compiler is the clang inside the `ziglang` package, which brings every target along; it is needed to build the
+wheel, not to use it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+
+# The compiler may contract a product and a sum within one expression: the kernels count on it, and separate what must
+# not be. Freestanding keeps it from turning loops into calls of memcpy.
+_FLAGS = ("-std=c17", "-O3", "-ffreestanding", "-ffp-contract=on", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
+_OBJECT_FLAGS = ("-c", "-fPIC", "-fno-stack-protector", "-fno-sanitize=all", "-fno-asynchronous-unwind-tables", "-g0")
+
+
+class KernelBuildError(Exception):
+    """A kernel does not compile, or its object is not freestanding."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An instruction set that kernels are compiled for."""
+
+    name: str
+    architecture: str
+    cpu: str
+
+    def __post_init__(self) -> None:
+        if not self.name.startswith(self.architecture):
+            raise ValueError(f"variant {self.name} must be named after its architecture {self.architecture}")
+
+
+# 512-bit registers are wanted wherever they exist, which the compiler's model of x86_64_v4 would avoid.
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("x86_64-avx512vnni", "x86_64", "x86_64_v4+avx512vnni-prefer_256_bit"),
+        Variant("x86_64-avx2", "x86_64", "x86_64_v3"),
+        Variant("x86_64-generic", "x86_64", "x86_64"),
+        Variant("aarch64-generic", "aarch64", "generic"),
+    )
+}
+
+
+def sources() -> list[Path]:
+    """The kernel files, one for each family, in the order of their names."""
+    return sorted(SOURCES.glob("*.c"))
+
+
+def build_objects(directory: Path, variant: Variant) -> list[Path]:
+    """Compile every kernel file for one instruction set.
+
+    Returns:
+        `<directory>/<variant>/<kernel>.o` for each kernel file.
+
+    Raises:
+        KernelBuildError: the compiler fails, or an object refers to something outside of itself.
+    """
+    folder = directory / variant.name
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in sources():
+        target = folder / f"{source.stem}.o"
+        _compile(variant, "freestanding-none", [source], target, _OBJECT_FLAGS)
+        missing = undefined_symbols(target)
+        if missing:
+            raise KernelBuildError(f"{source.name} for {variant.name} needs {', '.join(missing)}: not freestanding")
+        objects.append(target)
+    return objects
+
+
+def build_library(target: Path, variant: Variant) -> Path:
+    """Compile all kernels into one shared library for this machine's system, to be loaded by tests.
+
+    Raises:
+        KernelBuildError: the compiler fails.
+    """
+    flags = ("-shared", "-fPIC", "-fno-sanitize=all", "-fvisibility=hidden", "-DLLMIR_SHARED_LIBRARY")
+    _compile(variant, "linux-gnu", sources(), target, flags)
+    return target
+
+
+def undefined_symbols(path: Path) -> list[str]:
+    """Names that a 64-bit little-endian ELF object expects from elsewhere.
+
+    Source of the structs: the System V ABI, chapter 4.
+    """
+    data = path.read_bytes()
+    (headers,) = struct.unpack_from("<Q", data, 40)
+    size, count = struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, headers + size * index) for index in range(count)]
+    names = []
+    symbol_table = 2
+    for _, kind, _, _, offset, length, link, *_ in sections:
+        if kind != symbol_table:
+            continue
+        strings = sections[link][4]
+        for entry in range(offset + 24, offset + length, 24):
+            name, _, _, section = struct.unpack_from("<IBBH", data, entry)
+            if section == 0:
+                start = strings + name
+                names.append(data[start : data.index(b"\0", start)].decode())
+    return names
+
+
+def _compile(variant: Variant, system: str, inputs: list[Path], target: Path, flags: tuple[str, ...]) -> None:
+    if importlib.util.find_spec("ziglang") is None:
+        raise KernelBuildError("kernels are compiled with the package ziglang, which is not installed")
+    command = [
+        *(sys.executable, "-m", "ziglang", "cc", "-target", f"{variant.architecture}-{system}", f"-mcpu={variant.cpu}"),
+        *_FLAGS,
+        *flags,
+        *map(str, inputs),
+        *("-o", str(target)),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise KernelBuildError(f"{' '.join(command)}\nexited with {result.returncode}:\n{result.stderr}")

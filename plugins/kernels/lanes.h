@@ -1,0 +1,192 @@
+// Vectors of 16 lanes, the unit that all kernels are written in, whatever the width of the machine's registers.
+//
+// The types are the compiler's vector extensions, which lower to any instruction set; where an instruction does better
+// than what the compiler would find (dot products of bytes, conversions of halves), it is named here and nowhere else.
+#pragma once
+
+#include "kernel.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+enum { LANES = 16 };
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int16_t i16x32 __attribute__((vector_size(64)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x64 __attribute__((vector_size(64)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+
+// The same in memory, at any address.
+typedef f32x16 f32x16_memory __attribute__((aligned(1), may_alias));
+typedef u8x64 u8x64_memory __attribute__((aligned(1), may_alias));
+typedef u16x16 u16x16_memory __attribute__((aligned(1), may_alias));
+typedef i8x16 i8x16_memory __attribute__((aligned(1), may_alias));
+typedef u8x16 u8x16_memory __attribute__((aligned(1), may_alias));
+typedef uint32_t u32_memory __attribute__((aligned(1), may_alias));
+
+INLINE f32x16 splat(float x) { return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE i32x16 splat_i32(int32_t x) { return (i32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE u8x64 splat_u8(uint8_t x) { return (u8x64)splat_i32((int32_t)(x * 0x01010101u)); }
+
+INLINE f32x16 load_f32(const float *p) { return *(const f32x16_memory *)p; }
+INLINE u8x64 load_u8(const uint8_t *p) { return *(const u8x64_memory *)p; }
+INLINE void store_f32(float *p, f32x16 x) { *(f32x16_memory *)p = x; }
+
+// The first `count` lanes; a whole store wherever it can be one.
+INLINE void store_first_f32(float *p, f32x16 x, size_t count) {
+  if (count >= LANES) {
+    store_f32(p, x);
+  } else {
+    for (size_t i = 0; i < count; ++i) p[i] = x[i];
+  }
+}
+
+// `a` where the mask is all ones, `b` where it is zero.
+INLINE f32x16 select_f32(i32x16 mask, f32x16 a, f32x16 b) { return (f32x16)((mask & (i32x16)a) | (~mask & (i32x16)b)); }
+INLINE i32x16 select_i32(i32x16 mask, i32x16 a, i32x16 b) { return (mask & a) | (~mask & b); }
+
+// A NaN in `b` stays, one in `a` is dropped.
+INLINE f32x16 max_f32(f32x16 a, f32x16 b) { return select_f32((i32x16)(a > b), a, b); }
+
+INLINE i32x16 max_i32(i32x16 a, i32x16 b) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+  return select_i32((i32x16)(a > b), a, b);
+#endif
+}
+
+INLINE int32_t reduce_max_i32(i32x16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t most = x[0];
+  UNROLL for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+
+INLINE int32_t reduce_min_i32(i32x16 x) { return -reduce_max_i32(-x); }
+
+INLINE int32_t reduce_add_i32(i32x16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t sum = 0;
+  UNROLL for (int i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
+INLINE f32x16 f32_from_i32(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+INLINE i32x16 i32_from_i8(i8x16 x) { return __builtin_convertvector(x, i32x16); }
+
+// Halves. In software: the exponent is moved with a multiplication, which also makes the denormals right.
+INLINE f32x16 f32_from_f16(u16x16 x) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_cvtph_ps((__m256i)x);
+#else
+  u32x16 bits = __builtin_convertvector(x, u32x16);
+  u32x16 sign = (bits & 0x8000u) << 16;
+  u32x16 magnitude = (bits & 0x7fffu) << 13;
+  f32x16 scaled = (f32x16)magnitude * 0x1p112f;
+  u32x16 special = (u32x16)(i32x16)(magnitude >= (0x7c00u << 13));  // infinities and NaN keep the largest exponent
+  return (f32x16)((u32x16)scaled | sign | (special & 0x7f800000u));
+#endif
+}
+
+INLINE f32x16 load_f16(const f16 *p) { return f32_from_f16(*(const u16x16_memory *)p); }
+
+INLINE f32x16 load_bf16(const bf16 *p) {
+  return (f32x16)(__builtin_convertvector(*(const u16x16_memory *)p, u32x16) << 16);
+}
+
+INLINE float f32_from_f16_scalar(f16 x) {
+  union { uint32_t bits; float value; } scaled = {(uint32_t)(x & 0x7fffu) << 13};
+  int special = scaled.bits >= (0x7c00u << 13);
+  scaled.value *= 0x1p112f;
+  scaled.bits |= ((x & 0x8000u) << 16) | (special ? 0x7f800000u : 0u);
+  return scaled.value;
+}
+
+// Rounds to the nearest half, ties to even; what is too large becomes infinite, a NaN stays one.
+INLINE f16 f16_from_f32_scalar(float x) {
+  union { float value; uint32_t bits; } in = {x};
+  uint32_t sign = (in.bits >> 16) & 0x8000u, magnitude = in.bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return (f16)(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return (f16)(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Denormal: adding 0.5 leaves the half's bits at the end of the sum, rounded by the addition.
+    union { float value; uint32_t bits; } sum = {.bits = magnitude};
+    sum.value += 0.5f;
+    return (f16)(sign | (sum.bits - 0x3f000000u));
+  }
+  uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23);
+  return (f16)(sign | (rounded >> 13));
+}
+
+INLINE void store_f16(f16 *p, f32x16 x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < LANES; ++i) p[i] = f16_from_f32_scalar(x[i]);
+#endif
+}
+
+// Four bytes in every lane.
+INLINE u8x64 splat_4u8(const uint8_t *p) { return (u8x64)splat_i32((int32_t)*(const u32_memory *)p); }
+
+// sum + a[0] b[0] + a[1] b[1] + a[2] b[2] + a[3] b[3] in every lane, exactly.
+INLINE i32x16 dot_u8_i8(i32x16 sum, u8x64 a, i8x64 b) {
+#if defined(__AVX512VNNI__)
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  // Even and odd bytes apart. vpmaddubsw would be shorter, and would saturate.
+  i16x32 even_a = (i16x32)((u16x32)a & 0xffu), odd_a = (i16x32)((u16x32)a >> 8);
+  i16x32 even_b = (i16x32)((u16x32)b << 8) >> 8, odd_b = (i16x32)b >> 8;
+#if defined(__AVX2__)
+  union { i16x32 whole; __m256i half[2]; } ea = {even_a}, oa = {odd_a}, eb = {even_b}, ob = {odd_b};
+  union { __m256i half[2]; i32x16 whole; } products;
+  for (int i = 0; i < 2; ++i)
+    products.half[i] = _mm256_add_epi32(_mm256_madd_epi16(ea.half[i], eb.half[i]), _mm256_madd_epi16(oa.half[i], ob.half[i]));
+  return sum + products.whole;
+#else
+  // A product of two bytes fits 16 bits; their sums do not.
+  i32x16 even = (i32x16)(even_a * even_b), odd = (i32x16)(odd_a * odd_b);
+  return sum + ((i32x16)((u32x16)even << 16) >> 16) + (even >> 16) + ((i32x16)((u32x16)odd << 16) >> 16) + (odd >> 16);
+#endif
+#endif
+}
+
+// Bits `shift` and up of every byte, cut to `mask`; the neighbour's bits that a wider shift lets in are masked away.
+INLINE u8x64 bits_u8(u8x64 x, int shift, uint8_t mask) { return (u8x64)((u16x32)x >> shift) & splat_u8(mask); }
+
+// e^x, to within 2 ulp; below -87 the smallest normal number stands in. NaN stays.
+// Source of the polynomial: expf of the Cephes library, S. Moshier.
+INLINE f32x16 exp_f32(f32x16 x) {
+  x = select_f32((i32x16)(x < splat(-87.0f)), splat(-87.0f), x);
+  x = select_f32((i32x16)(x > splat(88.0f)), splat(88.0f), x);
+  const float to_integer = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  f32x16 shifted = x * 1.44269504f + to_integer;
+  f32x16 n = shifted - to_integer;
+  f32x16 r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  f32x16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  u32x16 power = ((u32x16)shifted + 127u) << 23;
+  return p * (f32x16)power;
+}
+
+INLINE f32x16 tanh_f32(f32x16 x) { return 1.0f - 2.0f / (exp_f32(x + x) + 1.0f); }

@@ -1,0 +1,69 @@
+"""The native builds of the kernels, behind numpy calls."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llmir_iree.plugins.kernels import build
+
+GROUP, BLOCK_ROWS, GROUP_BYTES = 32, 16, 40
+
+# The instruction sets that this machine runs, by a flag of /proc/cpuinfo.
+_NEEDS = {"x86_64-avx512vnni": "avx512_vnni", "x86_64-avx2": "avx2", "x86_64-generic": "sse2"}
+
+
+class Kernels:
+    """Calls of one shared library; the workgroups of a dispatch run one after the other."""
+
+    def __init__(self, path):
+        self._library = ctypes.CDLL(str(path))
+
+    def call(self, name, *arguments):
+        """Pass each array as a pointer and offset 0, each int as a size, each float as a float."""
+        flat = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                assert argument.flags.c_contiguous
+                flat += [ctypes.c_void_p(argument.ctypes.data), ctypes.c_size_t(0)]
+            else:
+                flat.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_size_t(argument))
+        function = getattr(self._library, name)
+        function.restype = None
+        function(*flat)
+
+    def quantize(self, x, rows_per_workgroup=3):
+        """Activation groups of x as bytes."""
+        rows, columns = x.shape
+        out = np.full(rows * columns // GROUP * GROUP_BYTES, 0xAA, np.uint8)
+        for workgroup in range(-(-rows // rows_per_workgroup)):
+            self.call("llmir_quantize_activations", x, out, rows, columns, workgroup, rows_per_workgroup)
+        return out
+
+    def matmul(self, weight_format, tiles, x, columns, tiles_per_workgroup=2):
+        """x [rows, depth] times the tiles of a [columns, depth] matrix."""
+        rows, depth = x.shape
+        operand = x if weight_format in ("f16", "bf16") else self.quantize(x)
+        y = np.full((rows, columns), np.nan, np.float32)
+        name = f"llmir_quantized_matmul_{weight_format}"
+        for workgroup in range(-(-columns // (16 * tiles_per_workgroup))):
+            self.call(name, *tiles.values(), operand, y, rows, columns, depth, workgroup, tiles_per_workgroup)
+        return y
+
+
+def _runnable():
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    return [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(need not in flags, reason=f"needs a processor with {need}"),
+        )
+        for name, need in _NEEDS.items()
+    ]
+
+
+@pytest.fixture(scope="session", params=_runnable())
+def kernels(request, tmp_path_factory):
+    """The kernels, once for every instruction set of this machine."""
+    variant = build.VARIANTS[request.param]
+    return Kernels(build.build_library(tmp_path_factory.mktemp("kernels") / f"{variant.name}.so", variant))

@@ -1,0 +1,113 @@
+"""Products of bytes against the exact product of the dequantised weights.
+
+The bound: an activation is off by at most half a step, largest / 254 of its group of 32, so that a result is off by at
+most the sum over groups of largest / 254 * sum |w|, and by the rounding of float32 sums.
+"""
+
+import numpy as np
+import pytest
+import torch
+from llmir_iree.export.dequantize import dequantize
+from llmir_iree.params.formats import FORMATS
+from llmir_iree.params.layouts import pack_tile16
+
+ROWS = (1, 2, 3, 7, 8, 9, 31, 33)
+BLOCKED = ("q4_0", "q4_1", "q8_0", "q6_k")
+ROUNDING = 1e-5
+
+
+def random_weights(weight_format, columns, depth, scale=0.02, seed=0):
+    """Planes with random codes, and the float64 weights that they stand for."""
+    rng = np.random.default_rng(seed)
+    shapes = FORMATS[weight_format].plane_shapes(columns, depth)
+    planes = {}
+    for plane in FORMATS[weight_format].planes:
+        shape = shapes[plane.name]
+        if plane.dtype == np.int8 or plane.dtype == np.uint8:
+            planes[plane.name] = rng.integers(0, 256, shape, np.uint8).view(plane.dtype)
+        else:
+            planes[plane.name] = (rng.standard_normal(shape) * scale).astype(plane.dtype)
+    tensors = [torch.from_numpy(plane.astype(np.float32) if plane.dtype.kind == "V" else plane.copy()) for plane in planes.values()]
+    return planes, dequantize(weight_format, tensors).double().numpy()
+
+
+def bound(x, weights):
+    """Largest error of each result, [rows, columns]."""
+    x, weights = np.abs(x.astype(np.float64)), np.abs(weights)
+    largest = x.reshape(len(x), -1, 32).max(-1)
+    sums = weights.reshape(len(weights), -1, 32).sum(-1)
+    return largest @ sums.T / 254 * (1 + 1e-4) + ROUNDING * x @ weights.T + 2.0**-118 * weights.sum(-1)
+
+
+def check(kernels, weight_format, x, columns, **options):
+    planes, weights = random_weights(weight_format, columns, x.shape[1], **options)
+    y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, columns)
+    exact = x.astype(np.float64) @ weights.T
+    assert np.isfinite(y).all()
+    assert (np.abs(y - exact) <= bound(x, weights)).all()
+    return y, exact, np.abs(x.astype(np.float64)) @ np.abs(weights).T
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_awkward_sizes(kernels, weight_format, rows):
+    block = max(32, FORMATS[weight_format].block_size)
+    for columns, depth in ((16, block), (1, 2 * block), (41, 5 * block)):
+        x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32)
+        check(kernels, weight_format, x, columns)
+
+
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_error_of_a_long_row(kernels, weight_format):
+    x = np.random.default_rng(3).standard_normal((9, 2048)).astype(np.float32)
+    y, exact, size = check(kernels, weight_format, x, 48)
+    assert np.abs((y - exact) / size).max() < 2e-3  # errors of single activations cancel out
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-20, 1e20, 1e36])
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_extreme_activations(kernels, weight_format, size):
+    x = (np.random.default_rng(4).uniform(-1, 1, (3, 256)) * size).astype(np.float32)
+    x[0, ::2] = 0
+    check(kernels, weight_format, x, 17, scale=1e-6)
+
+
+@pytest.mark.parametrize("scale", [6e-8, 6e-6, 100.0])
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_extreme_scales(kernels, weight_format, scale):
+    """Scales that are denormal halves, and large ones."""
+    x = np.random.default_rng(5).standard_normal((2, 256)).astype(np.float32)
+    check(kernels, weight_format, x, 17, scale=scale)
+
+
+@pytest.mark.parametrize("weight_format", BLOCKED)
+@pytest.mark.parametrize("code", [0, 0x77, 0x88, 0x80, 0xFF])
+def test_extreme_codes(kernels, weight_format, code):
+    """All codes the same, activations all at the end of their range: no product of bytes may saturate."""
+    depth, columns = 512, 16
+    planes, _ = random_weights(weight_format, columns, depth)
+    for plane in planes.values():
+        plane[...] = 1.0 if plane.dtype == np.float16 else np.uint8(code).view(plane.dtype)
+    weights = dequantize(weight_format, [torch.from_numpy(plane) for plane in planes.values()]).double().numpy()
+    tiles = pack_tile16(weight_format, planes)
+    for sign in (1.0, -1.0):
+        x = np.full((3, depth), sign, np.float32)
+        np.testing.assert_allclose(kernels.matmul(weight_format, tiles, x, columns), x @ weights.T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_rows_do_not_mix(kernels, weight_format):
+    planes, _ = random_weights(weight_format, 40, 512)
+    tiles = pack_tile16(weight_format, planes)
+    x = np.random.default_rng(6).standard_normal((33, 512)).astype(np.float32)
+    alone = kernels.matmul(weight_format, tiles, x[20:21], 40)
+    np.testing.assert_allclose(kernels.matmul(weight_format, tiles, x, 40)[20:21], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_nan_reaches_its_row_alone(kernels):
+    planes, _ = random_weights("q4_0", 16, 64)
+    x = np.ones((3, 64), np.float32)
+    x[1, 3] = np.nan
+    y = kernels.matmul("q4_0", pack_tile16("q4_0", planes), x, 16)
+    assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
+    assert np.isfinite(y[[0, 2]]).all()
