@@ -17,7 +17,11 @@ enum { MAX_ROWS = 16 };
 enum { MAX_ROWS = 4 };
 #endif
 
-enum { STEPS = 8 };  // of 4 weights each in a group
+enum { STEPS = 8 };             // of 4 weights each in a group
+#ifndef PFG
+#define PFG 48
+#endif
+enum { PREFETCH_GROUPS = PFG };  // how far ahead
 
 typedef enum { Q4_0, Q4_1, Q8_0, Q6_K } format;
 
@@ -97,10 +101,17 @@ INLINE void unpack(const format f, const weight_planes *p, size_t tile, size_t g
   }
 }
 
-// A decode step meets every weight once, and the hardware's own prefetch stops at the end of a page.
-INLINE void prefetch_codes(const format f, const weight_planes *p, size_t index) {
-  const size_t bytes = f == Q8_0 ? 512 : 256, ahead = 4096;
-  UNROLL for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(p->codes + index * bytes + ahead + line);
+// Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.
+INLINE void prefetch(const format f, const weight_planes *p, size_t index) {
+  const size_t bytes = f == Q8_0 ? 512 : 256, ahead = PREFETCH_GROUPS;
+  UNROLL for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(p->codes + (index + ahead) * bytes + line);
+  if (f == Q6_K) {
+    UNROLL for (size_t line = 0; line < 128; line += 64) __builtin_prefetch(p->high + (index + ahead) * 128 + line);
+    __builtin_prefetch(p->scales + (index + ahead) * 2 * LANES);
+  } else {
+    __builtin_prefetch(p->d + (index + ahead) * LANES);
+    if (f == Q4_1) __builtin_prefetch(p->m + (index + ahead) * LANES);
+  }
 }
 
 // `rows` rows of a block of activations times one tile.
@@ -111,7 +122,7 @@ INLINE void multiply_tile(const format f, const int rows, const weight_planes *p
   for (size_t g = 0; g < groups; ++g, x += x_stride) {
     weight_group w;
     unpack(f, p, tile, groups, g, &w);
-    if (rows <= 8) prefetch_codes(f, p, tile * groups + g);
+    prefetch(f, p, tile * groups + g);
     UNROLL for (int row = 0; row < rows; ++row) {
       const int halves = f == Q6_K ? 2 : 1;
       UNROLL for (int half = 0; half < halves; ++half) {
@@ -121,6 +132,7 @@ INLINE void multiply_tile(const format f, const int rows, const weight_planes *p
         sum[row] += f32_from_i32(dot) * (w.scale[half] * x[row].scale);
       }
       if (f == Q4_1) sum[row] += w.minimum * x[row].sum;
+      COMPLETE_BEFORE_LOADS(sum[row], x);
     }
   }
   UNROLL for (int row = 0; row < rows; ++row) store_first_f32(y + row * y_stride, sum[row], columns);

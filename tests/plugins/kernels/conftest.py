@@ -50,6 +50,26 @@ class Kernels:
             self.call(name, *tiles.values(), operand, y, rows, columns, depth, workgroup, tiles_per_workgroup)
         return y
 
+    def append(self, cache, key, value, page_table, positions, layer, tokens_per_workgroup=2):
+        """Write into the cache."""
+        _, layers, _, kv_heads, page_size, head_dim = cache.shape
+        batch, seq = positions.shape
+        sizes = (batch, seq, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer)
+        for workgroup in range(-(-batch * seq // tokens_per_workgroup)):
+            arrays = (cache, key, value, page_table, positions)
+            self.call("llmir_append_kv_f16", *arrays, *sizes, workgroup, tokens_per_workgroup)
+
+    def attend(self, query, cache, page_table, positions, layer, scale, window=0, softcap=0.0):
+        """Output, shaped like the query."""
+        _, layers, _, kv_heads, page_size, head_dim = cache.shape
+        batch, seq, heads, _ = query.shape
+        output = np.full_like(query, np.nan)
+        sizes = (seq, heads, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer, window)
+        for workgroup in np.ndindex(-(-seq * (heads // kv_heads) // 16), kv_heads, batch):
+            arrays = (query, cache, page_table, positions, output)
+            self.call("llmir_paged_attention_f16", *arrays, *sizes, float(scale), float(softcap), *workgroup)
+        return output
+
 
 def _runnable():
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()

@@ -111,3 +111,21 @@ def test_a_nan_reaches_its_row_alone(kernels):
     y = kernels.matmul("q4_0", pack_tile16("q4_0", planes), x, 16)
     assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
     assert np.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("weight_format", ["f16", "bf16"])
+def test_plain_weights(kernels, weight_format, rows):
+    """Float32 sums: nothing is lost but their rounding."""
+    for columns, depth in ((16, 1), (1, 3), (41, 97), (33, 512)):
+        x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32)
+        planes, weights = random_weights(weight_format, columns, depth)
+        y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, columns)
+        size = np.abs(x.astype(np.float64)) @ np.abs(weights).T
+        assert (np.abs(y - x.astype(np.float64) @ weights.T) <= 1e-6 * size).all()
+
+
+def test_every_half_is_widened_exactly(kernels):
+    w = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(-1, 1)
+    y = kernels.matmul("f16", pack_tile16("f16", {"w": w}), np.ones((1, 1), np.float32), len(w), 512)
+    np.testing.assert_array_equal(y[0], w[:, 0].astype(np.float32))
