@@ -1,13 +1,13 @@
 // Quantised activations, as `quantize_activations` writes and `quantized_matmul` reads them.
 //
-// Rows are taken 16 at a time (the last block may have fewer). A block is a list over the groups of 32 along K, and in
+// Rows are taken 32 at a time (the last block may have fewer). A block is a list over the groups of 32 along K, and in
 // each group a list over the block's rows: what a tile of weights meets next is what comes next in memory, for one row
-// and for sixteen. Nothing is padded: M rows of K take M * K / 32 * 40 bytes.
+// and for many. Nothing is padded: M rows of K take M * K / 32 * 40 bytes.
 #pragma once
 
 #include "kernel.h"
 
-enum { GROUP = 32, BLOCK_ROWS = 16 };
+enum { GROUP = 32, BLOCK_ROWS = 32 };
 
 // 32 activations x[i] of one row: x[i] = scale * (codes[i] - 128), rounded. Codes carry an excess of 128 because the
 // dot product of bytes wants one operand without sign, and the weights have one.

@@ -140,13 +140,9 @@ INLINE void store_f16(f16 *p, f32x16 x) {
 #endif
 }
 
-// `x` is computed before anything is loaded through `*p`. Left alone, the compiler starts the loads of all rows of an
-// unrolled loop at once, runs out of registers and spills them.
-#if defined(__AVX512F__)
-#define COMPLETE_BEFORE_LOADS(x, p) __asm__ volatile("" : "+v"(x), "+r"(p))
-#else
-#define COMPLETE_BEFORE_LOADS(x, p) (void)0
-#endif
+// All stores before are done and no load through `*p` has begun. Left alone, the compiler starts the loads of all rows of
+// an unrolled loop at once, runs out of registers and spills them.
+#define FINISH_BEFORE_LOADS(p) __asm__ volatile("" : "+r"(p) : : "memory")
 
 // Four bytes in every lane.
 INLINE u8x64 splat_4u8(const uint8_t *p) { return (u8x64)splat_i32((int32_t)*(const u32_memory *)p); }

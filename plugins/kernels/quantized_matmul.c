@@ -4,24 +4,22 @@
 // its lane. Formats with 32 weights to a scale (q6_k: two times 16) meet activations that were quantised in the same
 // groups; plain formats meet float32. A workgroup computes all rows of y for a run of tiles.
 //
-// One group of a tile is unpacked into 8 registers, which then serve up to 16 rows of activations: a row costs 8 byte
-// dot products and 3 operations to scale them. The activations carry an excess of 128; what it adds to a dot product,
-// 128 * (sum of the weights), depends on the weights alone and is where the sum starts from, negated.
+// A group of two tiles is unpacked into 16 registers, which then serve up to 32 rows of activations. A row costs 8
+// broadcasts, 16 dot products of bytes, and for each tile 3 operations that scale and add; sums wait in the first cache.
+// The activations carry an excess of 128; what it adds to a dot product, 128 * (sum of the weights), depends on the
+// weights alone and is where the sum starts from, negated.
 #include "activations.h"
 #include "lanes.h"
 
-// Rows that share one unpacking. 16 sums, 8 registers of weights, and what scales them fill 32 registers.
+// Tiles that share the broadcasts of a row.
 #if defined(__AVX512F__)
-enum { MAX_ROWS = 16 };
+enum { MAX_TILES = 2 };
 #else
-enum { MAX_ROWS = 4 };
+enum { MAX_TILES = 1 };
 #endif
 
-enum { STEPS = 8 };             // of 4 weights each in a group
-#ifndef PFG
-#define PFG 48
-#endif
-enum { PREFETCH_GROUPS = PFG };  // how far ahead
+enum { STEPS = 8 };              // of 4 weights each in a group
+enum { PREFETCH_GROUPS = 48 };  // how far ahead
 
 typedef enum { Q4_0, Q4_1, Q8_0, Q6_K } format;
 
@@ -102,73 +100,100 @@ INLINE void unpack(const format f, const weight_planes *p, size_t tile, size_t g
 }
 
 // Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.
-INLINE void prefetch(const format f, const weight_planes *p, size_t index) {
-  const size_t bytes = f == Q8_0 ? 512 : 256, ahead = PREFETCH_GROUPS;
-  UNROLL for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(p->codes + (index + ahead) * bytes + line);
+// Where a tile ends, the one `tiles` further is next.
+INLINE void prefetch(const format f, const weight_planes *p, size_t tile, const int tiles, size_t groups, size_t g) {
+  size_t ahead = g + PREFETCH_GROUPS;
+  size_t index = (ahead < groups ? tile : tile + (size_t)tiles - 1) * groups + ahead;
+  const size_t bytes = f == Q8_0 ? 512 : 256;
+  UNROLL for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(p->codes + index * bytes + line);
   if (f == Q6_K) {
-    UNROLL for (size_t line = 0; line < 128; line += 64) __builtin_prefetch(p->high + (index + ahead) * 128 + line);
-    __builtin_prefetch(p->scales + (index + ahead) * 2 * LANES);
+    UNROLL for (size_t line = 0; line < 128; line += 64) __builtin_prefetch(p->high + index * 128 + line);
+    __builtin_prefetch(p->scales + index * 2 * LANES);
   } else {
-    __builtin_prefetch(p->d + (index + ahead) * LANES);
-    if (f == Q4_1) __builtin_prefetch(p->m + (index + ahead) * LANES);
+    __builtin_prefetch(p->d + index * LANES);
+    if (f == Q4_1) __builtin_prefetch(p->m + index * LANES);
   }
 }
 
-// `rows` rows of a block of activations times one tile.
-INLINE void multiply_tile(const format f, const int rows, const weight_planes *p, size_t tile, size_t groups,
-                          const activation_group *x, size_t x_stride, float *y, size_t y_stride, size_t columns) {
-  f32x16 sum[MAX_ROWS];
-  UNROLL for (int row = 0; row < rows; ++row) sum[row] = splat(0.0f);
-  for (size_t g = 0; g < groups; ++g, x += x_stride) {
+typedef struct {
+  weight_planes planes;
+  const activation_group *x;
+  float *y;
+  size_t rows, columns, groups;
+} matmul;
+
+// One group of a row of activations times the same group of `tiles` tiles, added to the tiles' sums.
+INLINE void multiply_group(const format f, const int tiles, const weight_group *w, const activation_group *x,
+                           f32x16 *sum) {
+  const int halves = f == Q6_K ? 2 : 1, steps = STEPS / halves;
+  UNROLL for (int half = 0; half < halves; ++half) {
+    i32x16 dot[MAX_TILES];
+    UNROLL for (int t = 0; t < tiles; ++t) dot[t] = w[t].start[half];
+    UNROLL for (int step = half * steps; step < (half + 1) * steps; ++step) {
+      u8x64 codes = splat_4u8(x->codes + 4 * step);
+      UNROLL for (int t = 0; t < tiles; ++t) dot[t] = dot_u8_i8(dot[t], codes, w[t].weights[step]);
+    }
+    UNROLL for (int t = 0; t < tiles; ++t) sum[t] += f32_from_i32(dot[t]) * (w[t].scale[half] * x->scale);
+  }
+  if (f == Q4_1) {
+    UNROLL for (int t = 0; t < tiles; ++t) sum[t] += w[t].minimum * x->sum;
+  }
+}
+
+// One row: nothing to amortise, so one tile at a time, in the order of memory.
+INLINE void multiply_row(const format f, const matmul *m, size_t tile, size_t row) {
+  size_t stride;
+  const activation_group *x = m->x + activation_index(m->rows, m->groups, row, &stride);
+  f32x16 sum = splat(0.0f);
+  for (size_t g = 0; g < m->groups; ++g, x += stride) {
     weight_group w;
-    unpack(f, p, tile, groups, g, &w);
-    prefetch(f, p, tile * groups + g);
-    UNROLL for (int row = 0; row < rows; ++row) {
-      const int halves = f == Q6_K ? 2 : 1;
-      UNROLL for (int half = 0; half < halves; ++half) {
-        i32x16 dot = w.start[half];
-        UNROLL for (int step = half * 4; step < STEPS - (halves - 1 - half) * 4; ++step)
-          dot = dot_u8_i8(dot, splat_4u8(x[row].codes + 4 * step), w.weights[step]);
-        sum[row] += f32_from_i32(dot) * (w.scale[half] * x[row].scale);
-      }
-      if (f == Q4_1) sum[row] += w.minimum * x[row].sum;
-      COMPLETE_BEFORE_LOADS(sum[row], x);
-    }
+    prefetch(f, &m->planes, tile, 1, m->groups, g);
+    unpack(f, &m->planes, tile, m->groups, g, &w);
+    multiply_group(f, 1, &w, x, &sum);
   }
-  UNROLL for (int row = 0; row < rows; ++row) store_first_f32(y + row * y_stride, sum[row], columns);
+  store_first_f32(m->y + row * m->columns + tile * LANES, sum, m->columns - tile * LANES);
 }
 
-// All rows of y for the workgroup's tiles: blocks of activations outside, so that one block stays in the first cache
-// while the tiles' weights, a few hundred kilobytes at most, stay in the second.
-INLINE void multiply(const format f, const weight_planes *p, const activation_group *x, float *y, size_t rows,
-                     size_t columns, size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
-  size_t groups = depth / GROUP;
-  size_t first = workgroup * tiles_per_workgroup, end = min_size(ceil_div(columns, LANES), first + tiles_per_workgroup);
-  for (size_t block = 0; block < rows; block += BLOCK_ROWS) {
-    size_t block_rows = min_size(BLOCK_ROWS, rows - block);
-    for (size_t tile = first; tile < end; ++tile) {
-      size_t row = 0;
-      while (row < block_rows) {
-        size_t left = block_rows - row;
-        const activation_group *x_row = x + block * groups + row;
-        float *y_row = y + (block + row) * columns + tile * LANES;
-#define MULTIPLY_ROWS(n)                                                                                      \
-  if (n <= MAX_ROWS && left >= n) {                                                                           \
-    multiply_tile(f, n, p, tile, groups, x_row, block_rows, y_row, columns, columns - tile * LANES);          \
-    row += n;                                                                                                 \
-    continue;                                                                                                 \
-  }
-        MULTIPLY_ROWS(16)
-        MULTIPLY_ROWS(8)
-        MULTIPLY_ROWS(7)
-        MULTIPLY_ROWS(6)
-        MULTIPLY_ROWS(5)
-        MULTIPLY_ROWS(4)
-        MULTIPLY_ROWS(3)
-        MULTIPLY_ROWS(2)
-        MULTIPLY_ROWS(1)
-      }
+// The rows of one block of activations.
+INLINE void multiply_rows(const format f, const int tiles, const matmul *m, size_t tile, size_t row, size_t rows) {
+  size_t stride;
+  const activation_group *x = m->x + activation_index(m->rows, m->groups, row, &stride);
+  f32x16 sums[BLOCK_ROWS][MAX_TILES];
+  for (size_t r = 0; r < rows; ++r)
+    UNROLL for (int t = 0; t < tiles; ++t) sums[r][t] = splat(0.0f);
+
+  for (size_t g = 0; g < m->groups; ++g) {
+    weight_group w[MAX_TILES];
+    UNROLL for (int t = 0; t < tiles; ++t) {
+      prefetch(f, &m->planes, tile + (size_t)t, tiles, m->groups, g);
+      unpack(f, &m->planes, tile + (size_t)t, m->groups, g, &w[t]);
     }
+    for (size_t r = 0; r < rows; ++r, ++x) {
+      multiply_group(f, tiles, w, x, sums[r]);
+      FINISH_BEFORE_LOADS(x);
+    }
+  }
+
+  UNROLL for (int t = 0; t < tiles; ++t) {
+    size_t column = (tile + (size_t)t) * LANES;
+    for (size_t r = 0; r < rows; ++r)
+      store_first_f32(m->y + (row + r) * m->columns + column, sums[r][t], m->columns - column);
+  }
+}
+
+// All rows of y for the workgroup's tiles: blocks of activations outside, so that one block and the tiles' weights, a
+// few hundred kilobytes each at most, stay in the second cache.
+INLINE void multiply(const format f, const matmul *m, size_t workgroup, size_t tiles_per_workgroup) {
+  size_t first = workgroup * tiles_per_workgroup;
+  size_t end = min_size(ceil_div(m->columns, LANES), first + tiles_per_workgroup);
+  for (size_t row = 0; row < m->rows; row += BLOCK_ROWS) {
+    size_t rows = min_size(BLOCK_ROWS, m->rows - row);
+    size_t tile = first;
+    if (rows == 1) {
+      for (; tile < end; ++tile) multiply_row(f, m, tile, row);
+    }
+    for (; MAX_TILES == 2 && tile + 2 <= end; tile += 2) multiply_rows(f, 2, m, tile, row, rows);
+    for (; tile < end; ++tile) multiply_rows(f, 1, m, tile, row, rows);
   }
 }
 
@@ -183,27 +208,27 @@ KERNEL void llmir_quantized_matmul_q4_0(const f16 *restrict d, size_t d_offset, 
                                         size_t qs_offset, const uint8_t *restrict x, size_t x_offset, float *restrict y,
                                         size_t y_offset, size_t rows, size_t columns, size_t depth, size_t workgroup,
                                         size_t tiles_per_workgroup) {
-  weight_planes planes = {.d = d + d_offset, .codes = qs + qs_offset};
-  multiply(Q4_0, &planes, (const activation_group *)(x + x_offset), y + y_offset, rows, columns, depth, workgroup,
-           tiles_per_workgroup);
+  const matmul call = {{.d = d + d_offset, .codes = qs + qs_offset}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
+                     depth / GROUP};
+  multiply(Q4_0, &call, workgroup, tiles_per_workgroup);
 }
 
 KERNEL void llmir_quantized_matmul_q4_1(const f16 *restrict d, size_t d_offset, const f16 *restrict m, size_t m_offset,
                                         const uint8_t *restrict qs, size_t qs_offset, const uint8_t *restrict x,
                                         size_t x_offset, float *restrict y, size_t y_offset, size_t rows,
                                         size_t columns, size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
-  weight_planes planes = {.d = d + d_offset, .m = m + m_offset, .codes = qs + qs_offset};
-  multiply(Q4_1, &planes, (const activation_group *)(x + x_offset), y + y_offset, rows, columns, depth, workgroup,
-           tiles_per_workgroup);
+  const matmul call = {{.d = d + d_offset, .m = m + m_offset, .codes = qs + qs_offset}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
+                     depth / GROUP};
+  multiply(Q4_1, &call, workgroup, tiles_per_workgroup);
 }
 
 KERNEL void llmir_quantized_matmul_q8_0(const f16 *restrict d, size_t d_offset, const int8_t *restrict qs,
                                         size_t qs_offset, const uint8_t *restrict x, size_t x_offset, float *restrict y,
                                         size_t y_offset, size_t rows, size_t columns, size_t depth, size_t workgroup,
                                         size_t tiles_per_workgroup) {
-  weight_planes planes = {.d = d + d_offset, .codes = (const uint8_t *)(qs + qs_offset)};
-  multiply(Q8_0, &planes, (const activation_group *)(x + x_offset), y + y_offset, rows, columns, depth, workgroup,
-           tiles_per_workgroup);
+  const matmul call = {{.d = d + d_offset, .codes = (const uint8_t *)(qs + qs_offset)}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
+                     depth / GROUP};
+  multiply(Q8_0, &call, workgroup, tiles_per_workgroup);
 }
 
 KERNEL void llmir_quantized_matmul_q6_k(const uint8_t *restrict ql, size_t ql_offset, const uint8_t *restrict qh,
@@ -211,8 +236,7 @@ KERNEL void llmir_quantized_matmul_q6_k(const uint8_t *restrict ql, size_t ql_of
                                         const f16 *restrict d, size_t d_offset, const uint8_t *restrict x,
                                         size_t x_offset, float *restrict y, size_t y_offset, size_t rows,
                                         size_t columns, size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
-  weight_planes planes = {
-      .d = d + d_offset, .scales = scales + scales_offset, .codes = ql + ql_offset, .high = qh + qh_offset};
-  multiply(Q6_K, &planes, (const activation_group *)(x + x_offset), y + y_offset, rows, columns, depth, workgroup,
-           tiles_per_workgroup);
+  const matmul call = {{.d = d + d_offset, .scales = scales + scales_offset, .codes = ql + ql_offset, .high = qh + qh_offset}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
+                     depth / GROUP};
+  multiply(Q6_K, &call, workgroup, tiles_per_workgroup);
 }

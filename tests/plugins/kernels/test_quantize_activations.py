@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33)
+ROWS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 65)
 RECORD = np.dtype([("codes", np.uint8, 32), ("scale", np.float32), ("sum", np.float32)])
 
 
@@ -13,8 +13,8 @@ def read(packed, rows, columns):
     records = packed.view(RECORD)
     ordered = np.concatenate(
         [
-            records[first * groups : min(rows, first + 16) * groups].reshape(groups, -1).T
-            for first in range(0, rows, 16)
+            records[first * groups : min(rows, first + 32) * groups].reshape(groups, -1).T
+            for first in range(0, rows, 32)
         ]
     )
     return ordered["codes"].astype(np.int32) - 128, ordered["scale"], ordered["sum"]
