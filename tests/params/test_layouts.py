@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.params.layouts import TILE16, has_tile16, pack_tile16, tile16_shapes, unpack_tile16
 

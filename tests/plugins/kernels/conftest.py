@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from llmir_iree.plugins.kernels import build
 
-GROUP, BLOCK_ROWS, GROUP_BYTES = 32, 16, 40
+GROUP, GROUP_BYTES = 32, 40
 
 # The instruction sets that this machine runs, by a flag of /proc/cpuinfo.
 _NEEDS = {"x86_64-avx512vnni": "avx512_vnni", "x86_64-avx2": "avx2", "x86_64-generic": "sse2"}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from llmir_iree.export import ops
 
 ABSENT = -(2**31)

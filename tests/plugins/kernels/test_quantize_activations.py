@@ -12,10 +12,7 @@ def read(packed, rows, columns):
     groups = columns // 32
     records = packed.view(RECORD)
     ordered = np.concatenate(
-        [
-            records[first * groups : min(rows, first + 32) * groups].reshape(groups, -1).T
-            for first in range(0, rows, 32)
-        ]
+        [records[first * groups : min(rows, first + 32) * groups].reshape(groups, -1).T for first in range(0, rows, 32)]
     )
     return ordered["codes"].astype(np.int32) - 128, ordered["scale"], ordered["sum"]
 

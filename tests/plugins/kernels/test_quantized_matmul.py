@@ -7,6 +7,7 @@ most the sum over groups of largest / 254 * sum |w|, and by the rounding of floa
 import numpy as np
 import pytest
 import torch
+
 from llmir_iree.export.dequantize import dequantize
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.params.layouts import pack_tile16
@@ -27,7 +28,10 @@ def random_weights(weight_format, columns, depth, scale=0.02, seed=0):
             planes[plane.name] = rng.integers(0, 256, shape, np.uint8).view(plane.dtype)
         else:
             planes[plane.name] = (rng.standard_normal(shape) * scale).astype(plane.dtype)
-    tensors = [torch.from_numpy(plane.astype(np.float32) if plane.dtype.kind == "V" else plane.copy()) for plane in planes.values()]
+    tensors = [
+        torch.from_numpy(plane.astype(np.float32) if plane.dtype.kind == "V" else plane.copy())
+        for plane in planes.values()
+    ]
     return planes, dequantize(weight_format, tensors).double().numpy()
 
 
@@ -92,7 +96,9 @@ def test_extreme_codes(kernels, weight_format, code):
     tiles = pack_tile16(weight_format, planes)
     for sign in (1.0, -1.0):
         x = np.full((3, depth), sign, np.float32)
-        np.testing.assert_allclose(kernels.matmul(weight_format, tiles, x, columns), x @ weights.T, rtol=1e-5, atol=1e-3)
+        np.testing.assert_allclose(
+            kernels.matmul(weight_format, tiles, x, columns), x @ weights.T, rtol=1e-5, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("weight_format", BLOCKED)

@@ -1,0 +1,87 @@
+"""Kernels inside compiled modules: through the definition, iree-compile and the runtime."""
+
+import numpy as np
+import pytest
+import torch
+from iree import runtime
+from iree.compiler import ir
+from iree.compiler.tools import compile_str
+
+from llmir_iree.export.dequantize import dequantize
+from llmir_iree.params.formats import FORMATS
+from llmir_iree.params.layouts import pack_tile16
+from llmir_iree.plugins.calls import LlmirCall, TensorType
+from llmir_iree.plugins.kernels import build
+from llmir_iree.plugins.kernels.definitions import accepts_quantized_matmul, quantized_matmul
+from llmir_iree.plugins.kernels.executables import read_executable_target
+
+FLAGS = (
+    "--iree-hal-target-device=local",
+    "--iree-hal-local-target-device-backends=llvm-cpu",
+    "--iree-llvmcpu-target-cpu=host",
+)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("objects")
+    build.build_objects(folder, build.VARIANTS["x86_64-generic"])
+    return folder / "x86_64-generic"
+
+
+def matmul_call(weight_format, tiles, columns, depth, seq):
+    planes = tuple(TensorType(plane.shape, "f16" if plane.dtype == np.float16 else "i8") for plane in tiles.values())
+    constants = (("format", weight_format), ("out_features", columns))
+    y = TensorType((2, seq, columns), "f32")
+    return LlmirCall("quantized_matmul", (TensorType((2, seq, depth), "f32"), *planes), (y,), constants)
+
+
+def module_of(call, target):
+    """A module whose function `main` takes x and the planes of one call."""
+    definitions = quantized_matmul(call, target)
+    names = [f"%argument{index}" for index in range(len(call.operands))]
+    arguments = ", ".join(f"{name}: {operand}" for name, operand in zip(names, call.operands, strict=True))
+    operands = ", ".join(map(str, call.operands))
+    return "\n".join(definitions.values()) + (
+        f"\nutil.func public @main({arguments}) -> {call.results[0]} {{\n"
+        f"  %y = util.call @{call.symbol}({', '.join(names)}) : ({operands}) -> {call.results[0]}\n"
+        f"  util.return %y : {call.results[0]}\n}}"
+    )
+
+
+@pytest.mark.parametrize("weight_format", ["q4_0", "q4_1", "q8_0", "q6_k"])
+def test_compiled_module_multiplies(objects, weight_format):
+    columns, depth = 41, 512
+    rng = np.random.default_rng(0)
+    shapes = FORMATS[weight_format].plane_shapes(columns, depth)
+    planes = {}
+    for plane in FORMATS[weight_format].planes:
+        shape = shapes[plane.name]
+        if plane.dtype == np.float16:
+            planes[plane.name] = rng.standard_normal(shape).astype(np.float16)
+        else:
+            planes[plane.name] = rng.integers(0, 256, shape, np.uint8).view(plane.dtype)
+    tiles = pack_tile16(weight_format, planes)
+    call = matmul_call(weight_format, tiles, columns, depth, None)
+    assert accepts_quantized_matmul(call)
+    text = module_of(call, read_executable_target(FLAGS))
+    with ir.Context(), ir.Location.unknown():
+        ir.Module.parse(text).operation.verify()
+    search = f"--iree-hal-executable-object-search-path={objects}"
+    binary = compile_str(text, input_type="none", extra_args=[*FLAGS, search])
+    config = runtime.Config("local-sync")
+    instance = runtime.VmModule.copy_buffer(config.vm_instance, binary)
+    module = runtime.load_vm_module(instance, config)
+
+    weights = dequantize(weight_format, [torch.from_numpy(plane) for plane in planes.values()]).double().numpy()
+    for seq in (1, 5):
+        x = rng.standard_normal((2, seq, depth)).astype(np.float32)
+        y = module.main(x, *(plane.view(np.int8) if plane.dtype == np.uint8 else plane for plane in tiles.values()))
+        size = np.abs(x.astype(np.float64)) @ np.abs(weights).T
+        error = np.abs(y.to_host() - x.astype(np.float64) @ weights.T) / size
+        assert error.max() < 4e-3
+
+
+def test_only_tiles_are_accepted():
+    planes = {name: np.zeros(shape, np.float16) for name, shape in FORMATS["q4_0"].plane_shapes(32, 64).items()}
+    assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1))
