@@ -73,8 +73,6 @@ INLINE int32_t reduce_max_i32(i32x16 x) {
 #endif
 }
 
-INLINE int32_t reduce_min_i32(i32x16 x) { return -reduce_max_i32(-x); }
-
 INLINE int32_t reduce_add_i32(i32x16 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)x);

@@ -1,6 +1,8 @@
 """The native builds of the kernels, behind numpy calls."""
 
 import ctypes
+import mmap
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,29 @@ GROUP, GROUP_BYTES = 32, 40
 _NEEDS = {"x86_64-avx512vnni": "avx512_vnni", "x86_64-avx2": "avx2", "x86_64-generic": "sse2"}
 
 
+_PAGE = mmap.PAGESIZE
+_NO_ACCESS = 0
+_libc = ctypes.CDLL(None)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@contextmanager
+def guarded(array):
+    """Address of a copy between two pages that may not be touched, its end at the second; it is copied back after."""
+    pages = -(-array.nbytes // _PAGE) * _PAGE
+    memory = mmap.mmap(-1, pages + 2 * _PAGE)
+    view = ctypes.c_char.from_buffer(memory)
+    start = ctypes.addressof(view)
+    address = start + _PAGE + pages - array.nbytes
+    ctypes.memmove(address, array.ctypes.data, array.nbytes)
+    for guard in (start, start + _PAGE + pages):
+        assert _libc.mprotect(guard, _PAGE, _NO_ACCESS) == 0
+    yield address
+    ctypes.memmove(array.ctypes.data, address, array.nbytes)
+    del view
+    memory.close()
+
+
 class Kernels:
     """Calls of one shared library; the workgroups of a dispatch run one after the other."""
 
@@ -21,17 +46,21 @@ class Kernels:
         self._library = ctypes.CDLL(str(path))
 
     def call(self, name, *arguments):
-        """Pass each array as a pointer and offset 0, each int as a size, each float as a float."""
-        flat = []
-        for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                assert argument.flags.c_contiguous
-                flat += [ctypes.c_void_p(argument.ctypes.data), ctypes.c_size_t(0)]
-            else:
-                flat.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_size_t(argument))
+        """Pass each array as a pointer and offset 0, each int as a size, each float as a float.
+
+        Reading or writing outside of an array ends the process.
+        """
         function = getattr(self._library, name)
         function.restype = None
-        function(*flat)
+        flat = []
+        with ExitStack() as stack:
+            for argument in arguments:
+                if isinstance(argument, np.ndarray):
+                    assert argument.flags.c_contiguous
+                    flat += [ctypes.c_void_p(stack.enter_context(guarded(argument))), ctypes.c_size_t(0)]
+                else:
+                    flat.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_size_t(argument))
+            function(*flat)
 
     def quantize(self, x, rows_per_workgroup=3):
         """Activation groups of x as bytes."""
