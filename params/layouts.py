@@ -124,7 +124,8 @@ def _pack_bits(steps: Array, bits: int) -> Array:
     per_byte = 8 // bits
     split = steps.reshape(*steps.shape[:2], 8 // per_byte, per_byte, TILE_ROWS, 4)
     shifts = (bits * np.arange(per_byte, dtype=np.uint8))[:, None, None]
-    return np.bitwise_or.reduce(split << shifts, axis=3)
+    packed: Array = np.bitwise_or.reduce(split << shifts, axis=3)
+    return packed
 
 
 def _unpack_bits(packed: Array, bits: int) -> Array:
@@ -144,7 +145,8 @@ def _codes_from_nibbles(qs: Array) -> Array:
 
 def _nibbles_from_codes(codes: Array) -> Array:
     halves = codes.reshape(len(codes), -1, 2, 16)
-    return halves[:, :, 0] | (halves[:, :, 1] << 4)
+    packed: Array = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    return packed
 
 
 def _codes_from_ql(ql: Array) -> Array:
@@ -155,20 +157,23 @@ def _codes_from_ql(ql: Array) -> Array:
 
 def _ql_from_codes(codes: Array) -> Array:
     halves = codes.reshape(len(codes), -1, 2, 2, 64)
-    return (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)).reshape(len(codes), -1, 128)
+    packed: Array = halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)
+    return packed.reshape(len(codes), -1, 128)
 
 
 def _codes_from_qh(qh: Array) -> Array:
     """Fields [rows, blocks, 64]: two halves of 32 bytes, each four times two bits."""
     halves = qh.reshape(*qh.shape[:2], 2, 1, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    return ((halves >> shifts) & 3).reshape(len(qh), -1)
+    codes: Array = (halves >> shifts) & 3
+    return codes.reshape(len(qh), -1)
 
 
 def _qh_from_codes(codes: Array) -> Array:
     runs = codes.reshape(len(codes), -1, 2, 4, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(runs << shifts, axis=3).reshape(len(codes), -1, 64)
+    packed: Array = np.bitwise_or.reduce(runs << shifts, axis=3)
+    return packed.reshape(len(codes), -1, 64)
 
 
 # Formats.

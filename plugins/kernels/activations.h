@@ -20,7 +20,7 @@ typedef struct {
 _Static_assert(sizeof(activation_group) == 40, "the layout is shared with the caller, who allocates it");
 
 // Group 0 of a row; its next group lies `stride` further.
-INLINE size_t activation_index(size_t rows, size_t groups, size_t row, size_t *stride) {
+INLINE size_t activation_index(size_t rows, size_t groups, size_t row, size_t* stride) {
   size_t first = row / BLOCK_ROWS * BLOCK_ROWS;
   *stride = min_size(BLOCK_ROWS, rows - first);
   return first * groups + (row - first);

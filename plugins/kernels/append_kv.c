@@ -2,7 +2,7 @@
 #include "cache.h"
 #include "lanes.h"
 
-INLINE void store_row(f16 *out, const float *in, size_t count) {
+INLINE void store_row(f16* out, const float* in, size_t count) {
   size_t i = 0;
   for (; i + LANES <= count; i += LANES) store_f16(out + i, load_f32(in + i));
   for (; i < count; ++i) out[i] = f16_from_f32_scalar(in[i]);
@@ -13,9 +13,9 @@ INLINE void store_row(f16 *out, const float *in, size_t count) {
 //   key, value  float32 [batch, seq, kv_heads, head_dim]
 //   page_table  int32 [batch, table]
 //   positions   int32 [batch, seq]; a token with a negative one is not stored
-KERNEL void llmir_append_kv_f16(f16 *restrict cache, size_t cache_offset, const float *restrict key, size_t key_offset,
-                                const float *restrict value, size_t value_offset, const int32_t *restrict page_table,
-                                size_t page_table_offset, const int32_t *restrict positions, size_t positions_offset,
+KERNEL void llmir_append_kv_f16(f16* restrict cache, size_t cache_offset, const float* restrict key, size_t key_offset,
+                                const float* restrict value, size_t value_offset, const int32_t* restrict page_table,
+                                size_t page_table_offset, const int32_t* restrict positions, size_t positions_offset,
                                 size_t batch, size_t seq, size_t kv_heads, size_t head_dim, size_t page_size,
                                 size_t table, size_t layers, size_t layer, size_t workgroup,
                                 size_t tokens_per_workgroup) {

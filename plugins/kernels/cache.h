@@ -5,14 +5,14 @@
 #include "kernel.h"
 
 typedef struct {
-  const int32_t *page_table;  // [batch, table]
+  const int32_t* page_table;  // [batch, table]
   size_t table, layers, kv_heads, page_size, head_dim;
 } cache_shape;
 
 enum { KEY, VALUE };
 
 // Element offset of a position's key or value. The table's entry for the position is read, and no other.
-INLINE size_t cache_index(const cache_shape *shape, size_t batch_row, size_t layer, int kind, size_t head,
+INLINE size_t cache_index(const cache_shape* shape, size_t batch_row, size_t layer, int kind, size_t head,
                           size_t position) {
   size_t page = (size_t)shape->page_table[batch_row * shape->table + position / shape->page_size];
   size_t index = (page * shape->layers + layer) * 2 + (size_t)kind;

@@ -35,12 +35,12 @@ INLINE f32x16 splat(float x) { return (f32x16){x, x, x, x, x, x, x, x, x, x, x, 
 INLINE i32x16 splat_i32(int32_t x) { return (i32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE u8x64 splat_u8(uint8_t x) { return (u8x64)splat_i32((int32_t)(x * 0x01010101u)); }
 
-INLINE f32x16 load_f32(const float *p) { return *(const f32x16_memory *)p; }
-INLINE u8x64 load_u8(const uint8_t *p) { return *(const u8x64_memory *)p; }
-INLINE void store_f32(float *p, f32x16 x) { *(f32x16_memory *)p = x; }
+INLINE f32x16 load_f32(const float* p) { return *(const f32x16_memory*)p; }
+INLINE u8x64 load_u8(const uint8_t* p) { return *(const u8x64_memory*)p; }
+INLINE void store_f32(float* p, f32x16 x) { *(f32x16_memory*)p = x; }
 
 // The first `count` lanes; a whole store wherever it can be one.
-INLINE void store_first_f32(float *p, f32x16 x, size_t count) {
+INLINE void store_first_f32(float* p, f32x16 x, size_t count) {
   if (count >= LANES) {
     store_f32(p, x);
   } else {
@@ -100,14 +100,17 @@ INLINE f32x16 f32_from_f16(u16x16 x) {
 #endif
 }
 
-INLINE f32x16 load_f16(const f16 *p) { return f32_from_f16(*(const u16x16_memory *)p); }
+INLINE f32x16 load_f16(const f16* p) { return f32_from_f16(*(const u16x16_memory*)p); }
 
-INLINE f32x16 load_bf16(const bf16 *p) {
-  return (f32x16)(__builtin_convertvector(*(const u16x16_memory *)p, u32x16) << 16);
+INLINE f32x16 load_bf16(const bf16* p) {
+  return (f32x16)(__builtin_convertvector(*(const u16x16_memory*)p, u32x16) << 16);
 }
 
 INLINE float f32_from_f16_scalar(f16 x) {
-  union { uint32_t bits; float value; } scaled = {(uint32_t)(x & 0x7fffu) << 13};
+  union {
+    uint32_t bits;
+    float value;
+  } scaled = {(uint32_t)(x & 0x7fffu) << 13};
   int special = scaled.bits >= (0x7c00u << 13);
   scaled.value *= 0x1p112f;
   scaled.bits |= ((x & 0x8000u) << 16) | (special ? 0x7f800000u : 0u);
@@ -116,13 +119,19 @@ INLINE float f32_from_f16_scalar(f16 x) {
 
 // Rounds to the nearest half, ties to even; what is too large becomes infinite, a NaN stays one.
 INLINE f16 f16_from_f32_scalar(float x) {
-  union { float value; uint32_t bits; } in = {x};
+  union {
+    float value;
+    uint32_t bits;
+  } in = {x};
   uint32_t sign = (in.bits >> 16) & 0x8000u, magnitude = in.bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return (f16)(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return (f16)(sign | 0x7c00u);
   if (magnitude < 0x38800000u) {
     // Denormal: adding 0.5 leaves the half's bits at the end of the sum, rounded by the addition.
-    union { float value; uint32_t bits; } sum = {.bits = magnitude};
+    union {
+      float value;
+      uint32_t bits;
+    } sum = {.bits = magnitude};
     sum.value += 0.5f;
     return (f16)(sign | (sum.bits - 0x3f000000u));
   }
@@ -130,20 +139,20 @@ INLINE f16 f16_from_f32_scalar(float x) {
   return (f16)(sign | (rounded >> 13));
 }
 
-INLINE void store_f16(f16 *p, f32x16 x) {
+INLINE void store_f16(f16* p, f32x16 x) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   for (int i = 0; i < LANES; ++i) p[i] = f16_from_f32_scalar(x[i]);
 #endif
 }
 
-// All stores before are done and no load through `*p` has begun. Left alone, the compiler starts the loads of all rows of
-// an unrolled loop at once, runs out of registers and spills them.
+// All stores before are done and no load through `*p` has begun. Left alone, the compiler starts the loads of all rows
+// of an unrolled loop at once, runs out of registers and spills them.
 #define FINISH_BEFORE_LOADS(p) __asm__ volatile("" : "+r"(p) : : "memory")
 
 // Four bytes in every lane.
-INLINE u8x64 splat_4u8(const uint8_t *p) { return (u8x64)splat_i32((int32_t)*(const u32_memory *)p); }
+INLINE u8x64 splat_4u8(const uint8_t* p) { return (u8x64)splat_i32((int32_t)*(const u32_memory*)p); }
 
 // sum + a[0] b[0] + a[1] b[1] + a[2] b[2] + a[3] b[3] in every lane, exactly.
 INLINE i32x16 dot_u8_i8(i32x16 sum, u8x64 a, i8x64 b) {
@@ -154,10 +163,17 @@ INLINE i32x16 dot_u8_i8(i32x16 sum, u8x64 a, i8x64 b) {
   i16x32 even_a = (i16x32)((u16x32)a & 0xffu), odd_a = (i16x32)((u16x32)a >> 8);
   i16x32 even_b = (i16x32)((u16x32)b << 8) >> 8, odd_b = (i16x32)b >> 8;
 #if defined(__AVX2__)
-  union { i16x32 whole; __m256i half[2]; } ea = {even_a}, oa = {odd_a}, eb = {even_b}, ob = {odd_b};
-  union { __m256i half[2]; i32x16 whole; } products;
+  union {
+    i16x32 whole;
+    __m256i half[2];
+  } ea = {even_a}, oa = {odd_a}, eb = {even_b}, ob = {odd_b};
+  union {
+    __m256i half[2];
+    i32x16 whole;
+  } products;
   for (int i = 0; i < 2; ++i)
-    products.half[i] = _mm256_add_epi32(_mm256_madd_epi16(ea.half[i], eb.half[i]), _mm256_madd_epi16(oa.half[i], ob.half[i]));
+    products.half[i] =
+        _mm256_add_epi32(_mm256_madd_epi16(ea.half[i], eb.half[i]), _mm256_madd_epi16(oa.half[i], ob.half[i]));
   return sum + products.whole;
 #else
   // A product of two bytes fits 16 bits; their sums do not.

@@ -1,23 +1,26 @@
 // Causal attention of new tokens over what a paged cache holds: softmax(scale * q k) v, page by page.
 //
 // A query here is one head of one token. Queries that share a key head (the group's heads of successive tokens) are
-// taken 16 at a time, one to a lane, so that scores, maxima and sums stay in their lanes and grouped heads read the same
-// key instead of a copy. Keys and values come 8 positions at a time: they are widened once and broadcast element by
-// element, for decode (lanes are the heads of one token) as for prefill.
+// taken 16 at a time, one to a lane, so that scores, maxima and sums stay in their lanes and grouped heads read the
+// same key instead of a copy. Keys and values come some positions at a time: they are widened once and broadcast
+// element by element, for decode (lanes are the heads of one token) as for prefill.
 //
 // The softmax is online: a running maximum, sum and weighted value for each lane, rescaled when the maximum moves.
 #include "cache.h"
 #include "lanes.h"
 
-enum { POSITIONS = 8 };  // that are taken together: as many scores as leave room in the registers
+enum {
+  POSITIONS = 8,  // that are taken together: as many scores as leave room in the registers
+  PADDING = 16,   // elements between rows of widened keys, which would otherwise all start in the same cache bank
+};
 
 #define LOWEST (-1e30f)  // stands for a score that is not seen; finite, for LOWEST - LOWEST must be 0
 
 typedef struct {
-  const float *query;  // [batch, seq, heads, head_dim]
-  const f16 *cache;
-  const int32_t *positions;  // [batch, seq]
-  float *output;             // like query
+  const float* query;  // [batch, seq, heads, head_dim]
+  const f16* cache;
+  const int32_t* positions;  // [batch, seq]
+  float* output;             // like query
   cache_shape shape;
   size_t seq, heads, layer, window;
   float scale, softcap;
@@ -26,14 +29,14 @@ typedef struct {
 // Sixteen queries: where they are, and what they see. A lane without a query sees nothing, nor does a token with a
 // negative position, whose output is zero.
 typedef struct {
-  size_t offset[LANES];   // element offset of the query, and of its output
-  size_t count;           // of lanes with a query
-  i32x16 first, last;     // positions that the lane sees, both included; none where last < first
-  int32_t begin, end;     // first and one past the last that any lane sees
+  size_t offset[LANES];          // element offset of the query, and of its output
+  size_t count;                  // of lanes with a query
+  i32x16 first, last;            // positions that the lane sees, both included; none where last < first
+  int32_t begin, end;            // first and one past the last that any lane sees
   int32_t full_begin, full_end;  // what every lane sees that sees anything
 } query_lanes;
 
-INLINE query_lanes find_lanes(const attention *a, size_t batch_row, size_t head, size_t block) {
+INLINE query_lanes find_lanes(const attention* a, size_t batch_row, size_t head, size_t block) {
   query_lanes q = {.first = splat_i32(0), .last = splat_i32(-1), .begin = INT32_MAX, .full_end = INT32_MAX};
   size_t group = a->heads / a->shape.kv_heads;
   q.count = min_size(LANES, a->seq * group - block * LANES);
@@ -53,97 +56,109 @@ INLINE query_lanes find_lanes(const attention *a, size_t batch_row, size_t head,
   return q;
 }
 
-INLINE void widen_row(float *out, const f16 *in, size_t count) {
+INLINE void widen_row(float* out, const f16* in, size_t count) {
   size_t i = 0;
   for (; i + LANES <= count; i += LANES) store_f32(out + i, load_f16(in + i));
   for (; i < count; ++i) out[i] = f32_from_f16_scalar(in[i]);
 }
 
-// `count` positions from `t` on, of one page, as float32 [POSITIONS, head_dim]; those that are missing are zero, so that
+// `count` positions from `t` on, of one page, as float32 [POSITIONS, stride]; those that are missing are zero, so that
 // whatever lies behind a row's end never gets near a result.
-INLINE void widen(const attention *a, size_t batch_row, int kind, size_t head, size_t t, size_t count, float *out) {
+INLINE void widen(const attention* a, size_t batch_row, int kind, size_t head, size_t t, size_t count, size_t stride,
+                  float* out) {
   size_t dim = a->shape.head_dim;
-  const f16 *in = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, t);
-  for (size_t i = 0; i < count; ++i) widen_row(out + i * dim, in + i * dim, dim);
-  for (size_t i = count * dim; i < POSITIONS * dim; ++i) out[i] = 0.0f;
+  const f16* in = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, t);
+  for (size_t i = 0; i < count; ++i) widen_row(out + i * stride, in + i * dim, dim);
+  for (size_t i = count; i < POSITIONS; ++i)
+    for (size_t d = 0; d < dim; ++d) out[i * stride + d] = 0.0f;
 }
 
-// `queries` and `sums` are [head_dim, 16], `wide` is [POSITIONS, head_dim].
-INLINE void attend(const attention *a, size_t batch_row, size_t head, size_t block, float *queries, float *sums,
-                   float *wide) {
+// What a block of queries carries from position to position: float32 [head_dim, 16] each, and a buffer of float32
+// [POSITIONS, stride]. The lane's highest score so far, and the sum of its weights.
+typedef struct {
+  float *queries, *sums, *wide;
+  f32x16 maximum, total;
+} attention_state;
+
+// Takes in `count` positions from `t` on, of one page. Unless `masked`, all lanes that see anything see them all.
+INLINE void attend_positions(const attention* a, const query_lanes* q, size_t batch_row, size_t head, size_t t,
+                             size_t count, const int masked, const size_t stride, attention_state* state) {
+  size_t dim = a->shape.head_dim;
+  const float* wide = state->wide;
+
+  // Stage 1: scores.
+  widen(a, batch_row, KEY, head, t, count, stride, state->wide);
+  f32x16 p[POSITIONS];
+  UNROLL for (int i = 0; i < POSITIONS; ++i) p[i] = splat(0.0f);
+  for (size_t d = 0; d < dim; ++d) {
+    f32x16 query = load_f32(state->queries + d * LANES);
+    UNROLL for (int i = 0; i < POSITIONS; ++i) p[i] += query * wide[(size_t)i * stride + d];
+  }
+  if (a->softcap != 0.0f) {
+    float inverse = 1.0f / a->softcap;
+    UNROLL for (int i = 0; i < POSITIONS; ++i) p[i] = tanh_f32(p[i] * inverse) * a->softcap;
+  }
+
+  // Stage 2: hide what a lane does not see.
+  i32x16 seen[POSITIONS];
+  if (masked) {
+    UNROLL for (int i = 0; i < POSITIONS; ++i) {
+      i32x16 position = splat_i32((size_t)i < count ? (int32_t)t + i : INT32_MAX);
+      seen[i] = (i32x16)(position >= q->first) & (i32x16)(position <= q->last);
+      p[i] = select_f32(seen[i], p[i], splat(LOWEST));
+    }
+  }
+
+  // Stage 3: move the maximum, weigh.
+  f32x16 highest = state->maximum;
+  UNROLL for (int i = 0; i < POSITIONS; ++i) highest = max_f32(highest, p[i]);
+  f32x16 shrink = exp_f32(state->maximum - highest), total = state->total * shrink;
+  UNROLL for (int i = 0; i < POSITIONS; ++i) {
+    p[i] = exp_f32(p[i] - highest);
+    if (masked) p[i] = select_f32(seen[i], p[i], splat(0.0f));
+    total += p[i];
+  }
+  state->maximum = highest;
+  state->total = total;
+
+  // Stage 4: add the weighted values. A weight of zero does not cancel a NaN, so a lane skips what it does not see.
+  widen(a, batch_row, VALUE, head, t, count, stride, state->wide);
+  for (size_t d = 0; d < dim; ++d) {
+    f32x16 sum = load_f32(state->sums + d * LANES) * shrink, other = splat(0.0f);
+    UNROLL for (int i = 0; i < POSITIONS; i += 2) {
+      f32x16 next = sum + p[i] * wide[(size_t)i * stride + d],
+             other_next = other + p[i + 1] * wide[(size_t)(i + 1) * stride + d];
+      sum = masked ? select_f32(seen[i], next, sum) : next;
+      other = masked ? select_f32(seen[i + 1], other_next, other) : other_next;
+    }
+    store_f32(state->sums + d * LANES, sum + other);
+  }
+}
+
+INLINE void attend(const attention* a, size_t batch_row, size_t head, size_t block, float* queries, float* sums,
+                   float* wide, const size_t stride) {
   size_t dim = a->shape.head_dim, page_size = a->shape.page_size;
   query_lanes q = find_lanes(a, batch_row, head, block);
 
-  // Stage 1: queries to lanes, scaled.
+  // Queries to lanes, scaled.
   for (size_t d = 0; d < dim; ++d) store_f32(queries + d * LANES, splat(0.0f));
   for (size_t lane = 0; lane < q.count; ++lane)
     for (size_t d = 0; d < dim; ++d) queries[d * LANES + lane] = a->query[q.offset[lane] + d] * a->scale;
   for (size_t d = 0; d < dim; ++d) store_f32(sums + d * LANES, splat(0.0f));
 
-  f32x16 maximum = splat(LOWEST), total = splat(0.0f);
+  // Most positions lie before all queries of the block, or in all their windows.
+  attention_state state = {queries, sums, wide, splat(LOWEST), splat(0.0f)};
   size_t count;
   for (size_t t = (size_t)q.begin; q.begin < q.end && t < (size_t)q.end; t += count) {
     count = min_size(min_size(POSITIONS, page_size - t % page_size), (size_t)q.end - t);
-
-    // Stage 2: scores of 8 positions.
-    widen(a, batch_row, KEY, head, t, count, wide);
-    f32x16 p[POSITIONS];
-    UNROLL for (int i = 0; i < POSITIONS; ++i) p[i] = splat(0.0f);
-    for (size_t d = 0; d < dim; ++d) {
-      f32x16 query = load_f32(queries + d * LANES);
-      UNROLL for (int i = 0; i < POSITIONS; ++i) p[i] += query * wide[(size_t)i * dim + d];
-    }
-    if (a->softcap != 0.0f) {
-      float inverse = 1.0f / a->softcap;
-      UNROLL for (int i = 0; i < POSITIONS; ++i) p[i] = tanh_f32(p[i] * inverse) * a->softcap;
-    }
-
-    // Stage 3: hide what a lane does not see. Most blocks of positions lie before all queries of the block.
-    int all_see_all = count == POSITIONS && (int32_t)t >= q.full_begin && (int32_t)(t + POSITIONS) <= q.full_end;
-    i32x16 seen[POSITIONS];
-    UNROLL for (int i = 0; i < POSITIONS; ++i) seen[i] = splat_i32(-1);
-    if (!all_see_all) {
-      UNROLL for (int i = 0; i < POSITIONS; ++i) {
-        i32x16 position = splat_i32((size_t)i < count ? (int32_t)t + i : INT32_MAX);
-        seen[i] = (i32x16)(position >= q.first) & (i32x16)(position <= q.last);
-        p[i] = select_f32(seen[i], p[i], splat(LOWEST));
-      }
-    }
-
-    // Stage 4: move the maximum, weigh.
-    f32x16 highest = maximum;
-    UNROLL for (int i = 0; i < POSITIONS; ++i) highest = max_f32(highest, p[i]);
-    f32x16 shrink = exp_f32(maximum - highest);
-    maximum = highest;
-    total *= shrink;
-    UNROLL for (int i = 0; i < POSITIONS; ++i) {
-      p[i] = select_f32(seen[i], exp_f32(p[i] - highest), splat(0.0f));
-      total += p[i];
-    }
-
-    // Stage 5: add the weighted values. A weight of zero does not cancel a NaN, so a lane skips what it does not see.
-    widen(a, batch_row, VALUE, head, t, count, wide);
-    if (all_see_all) {
-      for (size_t d = 0; d < dim; ++d) {
-        f32x16 sum = load_f32(sums + d * LANES) * shrink, other = splat(0.0f);
-        UNROLL for (int i = 0; i < POSITIONS; i += 2) {
-          sum += p[i] * wide[(size_t)i * dim + d];
-          other += p[i + 1] * wide[(size_t)(i + 1) * dim + d];
-        }
-        store_f32(sums + d * LANES, sum + other);
-      }
-    } else {
-      for (size_t d = 0; d < dim; ++d) {
-        f32x16 sum = load_f32(sums + d * LANES) * shrink;
-        UNROLL for (int i = 0; i < POSITIONS; ++i)
-          sum = select_f32(seen[i], sum + p[i] * wide[(size_t)i * dim + d], sum);
-        store_f32(sums + d * LANES, sum);
-      }
-    }
+    if (count == POSITIONS && (int32_t)t >= q.full_begin && (int32_t)(t + POSITIONS) <= q.full_end)
+      attend_positions(a, &q, batch_row, head, t, POSITIONS, 0, stride, &state);
+    else
+      attend_positions(a, &q, batch_row, head, t, count, 1, stride, &state);
   }
 
-  // Stage 6: divide, and back from lanes to rows.
-  f32x16 inverse = 1.0f / total;
+  // Divide, and back from lanes to rows.
+  f32x16 inverse = 1.0f / state.total;
   for (size_t d = 0; d < dim; ++d) store_f32(sums + d * LANES, load_f32(sums + d * LANES) * inverse);
   for (size_t lane = 0; lane < q.count; ++lane) {
     int is_token = q.last[lane] >= 0;
@@ -152,11 +167,11 @@ INLINE void attend(const attention *a, size_t batch_row, size_t head, size_t blo
 }
 
 // One function for each size of the buffers, so that a frame is no larger than the head needs: 160 bytes an element.
-#define DEFINE_ATTEND(size)                                                                                   \
-  static __attribute__((noinline)) void attend_##size(const attention *a, size_t batch_row, size_t head,      \
-                                                      size_t block) {                                         \
-    float queries[size * LANES], sums[size * LANES], wide[size * POSITIONS];                                  \
-    attend(a, batch_row, head, block, queries, sums, wide);                                                   \
+#define DEFINE_ATTEND(size)                                                                              \
+  static __attribute__((noinline)) void attend_##size(const attention* a, size_t batch_row, size_t head, \
+                                                      size_t block) {                                    \
+    float queries[size * LANES], sums[size * LANES], wide[(size + PADDING) * POSITIONS];                 \
+    attend(a, batch_row, head, block, queries, sums, wide, size + PADDING);                              \
   }
 DEFINE_ATTEND(64)
 DEFINE_ATTEND(128)
@@ -170,10 +185,10 @@ DEFINE_ATTEND(256)
 //   output      like query
 //   window      positions that a token sees, its own included; 0 for all
 //   softcap     scores become softcap * tanh(score / softcap); 0 for none
-KERNEL void llmir_paged_attention_f16(const float *restrict query, size_t query_offset, const f16 *restrict cache,
-                                      size_t cache_offset, const int32_t *restrict page_table, size_t page_table_offset,
-                                      const int32_t *restrict positions, size_t positions_offset,
-                                      float *restrict output, size_t output_offset, size_t seq, size_t heads,
+KERNEL void llmir_paged_attention_f16(const float* restrict query, size_t query_offset, const f16* restrict cache,
+                                      size_t cache_offset, const int32_t* restrict page_table, size_t page_table_offset,
+                                      const int32_t* restrict positions, size_t positions_offset,
+                                      float* restrict output, size_t output_offset, size_t seq, size_t heads,
                                       size_t kv_heads, size_t head_dim, size_t page_size, size_t table, size_t layers,
                                       size_t layer, size_t window, float scale, float softcap, size_t block,
                                       size_t head, size_t batch_row) {
@@ -190,7 +205,10 @@ KERNEL void llmir_paged_attention_f16(const float *restrict query, size_t query_
       .scale = scale,
       .softcap = softcap,
   };
-  if (head_dim <= 64) attend_64(&a, batch_row, head, block);
-  else if (head_dim <= 128) attend_128(&a, batch_row, head, block);
-  else attend_256(&a, batch_row, head, block);
+  if (head_dim <= 64)
+    attend_64(&a, batch_row, head, block);
+  else if (head_dim <= 128)
+    attend_128(&a, batch_row, head, block);
+  else
+    attend_256(&a, batch_row, head, block);
 }

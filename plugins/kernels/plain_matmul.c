@@ -15,16 +15,16 @@ enum { PREFETCH_COLUMNS = 256 };  // how far ahead
 
 typedef enum { F16, BF16 } format;
 
-INLINE f32x16 load_column(const format f, const uint16_t *w) { return f == F16 ? load_f16(w) : load_bf16(w); }
+INLINE f32x16 load_column(const format f, const uint16_t* w) { return f == F16 ? load_f16(w) : load_bf16(w); }
 
 // `rows` rows of x times one tile.
-INLINE void multiply_tile(const format f, const int rows, const uint16_t *w, const float *x, size_t depth, float *y,
+INLINE void multiply_tile(const format f, const int rows, const uint16_t* w, const float* x, size_t depth, float* y,
                           size_t y_stride, size_t columns) {
   enum { MAX_PARTS = 4 };
   const int parts = rows == 1 ? 4 : rows <= 4 ? 2 : 1;
   f32x16 sum[MAX_ROWS][MAX_PARTS];
-  UNROLL for (int row = 0; row < rows; ++row)
-    UNROLL for (int part = 0; part < parts; ++part) sum[row][part] = splat(0.0f);
+  UNROLL for (int row = 0; row < rows; ++row) UNROLL for (int part = 0; part < parts; ++part) sum[row][part] =
+      splat(0.0f);
 
   size_t k = 0;
   for (; k + 4 <= depth; k += 4, w += 4 * LANES) {
@@ -32,8 +32,8 @@ INLINE void multiply_tile(const format f, const int rows, const uint16_t *w, con
     __builtin_prefetch(w + (PREFETCH_COLUMNS + 2) * LANES);
     UNROLL for (int i = 0; i < 4; ++i) {
       f32x16 column = load_column(f, w + i * LANES);
-      UNROLL for (int row = 0; row < rows; ++row)
-        sum[row][i % parts] += column * x[(size_t)row * depth + k + (size_t)i];
+      UNROLL for (int row = 0; row < rows; ++row) sum[row][i % parts] +=
+          column * x[(size_t)row * depth + k + (size_t)i];
     }
   }
   for (; k < depth; ++k, w += LANES) {
@@ -47,19 +47,19 @@ INLINE void multiply_tile(const format f, const int rows, const uint16_t *w, con
   }
 }
 
-INLINE void multiply(const format f, const uint16_t *w, const float *x, float *y, size_t rows, size_t columns,
+INLINE void multiply(const format f, const uint16_t* w, const float* x, float* y, size_t rows, size_t columns,
                      size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
   size_t first = workgroup * tiles_per_workgroup, end = min_size(ceil_div(columns, LANES), first + tiles_per_workgroup);
   size_t row = 0;
   while (row < rows) {
     size_t left = rows - row;
-#define MULTIPLY_ROWS(n)                                                                                      \
-  if (n <= MAX_ROWS && left >= n) {                                                                           \
-    for (size_t tile = first; tile < end; ++tile)                                                             \
-      multiply_tile(f, n, w + tile * depth * LANES, x + row * depth, depth, y + row * columns + tile * LANES, \
-                    columns, columns - tile * LANES);                                                         \
-    row += n;                                                                                                 \
-    continue;                                                                                                 \
+#define MULTIPLY_ROWS(n)                                                                                               \
+  if (n <= MAX_ROWS && left >= n) {                                                                                    \
+    for (size_t tile = first; tile < end; ++tile)                                                                      \
+      multiply_tile(f, n, w + tile * depth * LANES, x + row * depth, depth, y + row * columns + tile * LANES, columns, \
+                    columns - tile * LANES);                                                                           \
+    row += n;                                                                                                          \
+    continue;                                                                                                          \
   }
     MULTIPLY_ROWS(8)
     MULTIPLY_ROWS(4)
@@ -73,14 +73,14 @@ INLINE void multiply(const format f, const uint16_t *w, const float *x, float *y
 //   x        float32 [rows, depth]
 //   y        float32 [rows, columns]
 //   columns  of y: rows of the matrix, before padding to whole tiles
-KERNEL void llmir_quantized_matmul_f16(const f16 *restrict w, size_t w_offset, const float *restrict x, size_t x_offset,
-                                       float *restrict y, size_t y_offset, size_t rows, size_t columns, size_t depth,
+KERNEL void llmir_quantized_matmul_f16(const f16* restrict w, size_t w_offset, const float* restrict x, size_t x_offset,
+                                       float* restrict y, size_t y_offset, size_t rows, size_t columns, size_t depth,
                                        size_t workgroup, size_t tiles_per_workgroup) {
   multiply(F16, w + w_offset, x + x_offset, y + y_offset, rows, columns, depth, workgroup, tiles_per_workgroup);
 }
 
-KERNEL void llmir_quantized_matmul_bf16(const bf16 *restrict w, size_t w_offset, const float *restrict x,
-                                        size_t x_offset, float *restrict y, size_t y_offset, size_t rows,
+KERNEL void llmir_quantized_matmul_bf16(const bf16* restrict w, size_t w_offset, const float* restrict x,
+                                        size_t x_offset, float* restrict y, size_t y_offset, size_t rows,
                                         size_t columns, size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
   multiply(BF16, w + w_offset, x + x_offset, y + y_offset, rows, columns, depth, workgroup, tiles_per_workgroup);
 }

@@ -5,9 +5,9 @@
 // groups; plain formats meet float32. A workgroup computes all rows of y for a run of tiles.
 //
 // A group of two tiles is unpacked into 16 registers, which then serve up to 32 rows of activations. A row costs 8
-// broadcasts, 16 dot products of bytes, and for each tile 3 operations that scale and add; sums wait in the first cache.
-// The activations carry an excess of 128; what it adds to a dot product, 128 * (sum of the weights), depends on the
-// weights alone and is where the sum starts from, negated.
+// broadcasts, 16 dot products of bytes, and for each tile 3 operations that scale and add; sums wait in the first
+// cache. The activations carry an excess of 128; what it adds to a dot product, 128 * (sum of the weights), depends on
+// the weights alone and is where the sum starts from, negated.
 #include "activations.h"
 #include "lanes.h"
 
@@ -18,18 +18,18 @@ enum { MAX_TILES = 2 };
 enum { MAX_TILES = 1 };
 #endif
 
-enum { STEPS = 8 };              // of 4 weights each in a group
+enum { STEPS = 8 };             // of 4 weights each in a group
 enum { PREFETCH_GROUPS = 48 };  // how far ahead
 
 typedef enum { Q4_0, Q4_1, Q8_0, Q6_K } format;
 
 // The planes of a matrix; those that a format lacks are null.
 typedef struct {
-  const f16 *d;           // [tiles, blocks, 16]
-  const f16 *m;           // [tiles, blocks, 16]
-  const int8_t *scales;   // [tiles, blocks, 16 sub-blocks, 16]
-  const uint8_t *codes;   // [tiles, groups, 4 or 8, 16, 4]: two nibbles or one byte
-  const uint8_t *high;    // [tiles, groups, 2, 16, 4]: four times two bits
+  const f16* d;          // [tiles, blocks, 16]
+  const f16* m;          // [tiles, blocks, 16]
+  const int8_t* scales;  // [tiles, blocks, 16 sub-blocks, 16]
+  const uint8_t* codes;  // [tiles, groups, 4 or 8, 16, 4]: two nibbles or one byte
+  const uint8_t* high;   // [tiles, groups, 2, 16, 4]: four times two bits
 } weight_planes;
 
 // One group of 32 weights of 16 rows. The halves differ in q6_k only.
@@ -42,7 +42,7 @@ typedef struct {
 
 INLINE i32x16 excess(i32x16 sum, i8x64 weights) { return dot_u8_i8(sum, splat_u8(128), weights); }
 
-INLINE void unpack_nibbles(const uint8_t *codes, uint8_t zero_point, weight_group *out) {
+INLINE void unpack_nibbles(const uint8_t* codes, uint8_t zero_point, weight_group* out) {
   i8x64 sum = {0};
   UNROLL for (int i = 0; i < 4; ++i) {
     u8x64 pair = load_u8(codes + 64 * i);
@@ -53,7 +53,7 @@ INLINE void unpack_nibbles(const uint8_t *codes, uint8_t zero_point, weight_grou
   out->start[0] = -excess((i32x16){0}, sum);
 }
 
-INLINE void unpack_bytes(const uint8_t *codes, weight_group *out) {
+INLINE void unpack_bytes(const uint8_t* codes, weight_group* out) {
   i32x16 sum[2] = {{0}, {0}};
   UNROLL for (int i = 0; i < STEPS; ++i) {
     out->weights[i] = (i8x64)load_u8(codes + 64 * i);
@@ -62,7 +62,7 @@ INLINE void unpack_bytes(const uint8_t *codes, weight_group *out) {
   out->start[0] = -(sum[0] + sum[1]);
 }
 
-INLINE void unpack_six_bits(const uint8_t *codes, const uint8_t *high, weight_group *out) {
+INLINE void unpack_six_bits(const uint8_t* codes, const uint8_t* high, weight_group* out) {
   UNROLL for (int half = 0; half < 2; ++half) {
     i8x64 sum = {0};
     u8x64 top = load_u8(high + 64 * half);
@@ -77,7 +77,7 @@ INLINE void unpack_six_bits(const uint8_t *codes, const uint8_t *high, weight_gr
   }
 }
 
-INLINE void unpack(const format f, const weight_planes *p, size_t tile, size_t groups, size_t g, weight_group *out) {
+INLINE void unpack(const format f, const weight_planes* p, size_t tile, size_t groups, size_t g, weight_group* out) {
   size_t index = tile * groups + g;
   if (f == Q4_0) {
     unpack_nibbles(p->codes + index * 256, 8, out);
@@ -93,15 +93,15 @@ INLINE void unpack(const format f, const weight_planes *p, size_t tile, size_t g
     // 8 groups, 16 sub-blocks to a block.
     unpack_six_bits(p->codes + index * 256, p->high + index * 128, out);
     f32x16 d = load_f16(p->d + index / 8 * LANES);
-    const int8_t *scales = p->scales + index * 2 * LANES;
-    out->scale[0] = d * f32_from_i32(i32_from_i8(*(const i8x16_memory *)scales));
-    out->scale[1] = d * f32_from_i32(i32_from_i8(*(const i8x16_memory *)(scales + LANES)));
+    const int8_t* scales = p->scales + index * 2 * LANES;
+    out->scale[0] = d * f32_from_i32(i32_from_i8(*(const i8x16_memory*)scales));
+    out->scale[1] = d * f32_from_i32(i32_from_i8(*(const i8x16_memory*)(scales + LANES)));
   }
 }
 
 // Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.
 // Where a tile ends, the one `tiles` further is next.
-INLINE void prefetch(const format f, const weight_planes *p, size_t tile, const int tiles, size_t groups, size_t g) {
+INLINE void prefetch(const format f, const weight_planes* p, size_t tile, const int tiles, size_t groups, size_t g) {
   size_t ahead = g + PREFETCH_GROUPS;
   size_t index = (ahead < groups ? tile : tile + (size_t)tiles - 1) * groups + ahead;
   const size_t bytes = f == Q8_0 ? 512 : 256;
@@ -117,14 +117,14 @@ INLINE void prefetch(const format f, const weight_planes *p, size_t tile, const 
 
 typedef struct {
   weight_planes planes;
-  const activation_group *x;
-  float *y;
+  const activation_group* x;
+  float* y;
   size_t rows, columns, groups;
 } matmul;
 
 // One group of a row of activations times the same group of `tiles` tiles, added to the tiles' sums.
-INLINE void multiply_group(const format f, const int tiles, const weight_group *w, const activation_group *x,
-                           f32x16 *sum) {
+INLINE void multiply_group(const format f, const int tiles, const weight_group* w, const activation_group* x,
+                           f32x16* sum) {
   const int halves = f == Q6_K ? 2 : 1, steps = STEPS / halves;
   UNROLL for (int half = 0; half < halves; ++half) {
     i32x16 dot[MAX_TILES];
@@ -141,9 +141,9 @@ INLINE void multiply_group(const format f, const int tiles, const weight_group *
 }
 
 // One row: nothing to amortise, so one tile at a time, in the order of memory.
-INLINE void multiply_row(const format f, const matmul *m, size_t tile, size_t row) {
+INLINE void multiply_row(const format f, const matmul* m, size_t tile, size_t row) {
   size_t stride;
-  const activation_group *x = m->x + activation_index(m->rows, m->groups, row, &stride);
+  const activation_group* x = m->x + activation_index(m->rows, m->groups, row, &stride);
   f32x16 sum = splat(0.0f);
   for (size_t g = 0; g < m->groups; ++g, x += stride) {
     weight_group w;
@@ -155,12 +155,11 @@ INLINE void multiply_row(const format f, const matmul *m, size_t tile, size_t ro
 }
 
 // The rows of one block of activations.
-INLINE void multiply_rows(const format f, const int tiles, const matmul *m, size_t tile, size_t row, size_t rows) {
+INLINE void multiply_rows(const format f, const int tiles, const matmul* m, size_t tile, size_t row, size_t rows) {
   size_t stride;
-  const activation_group *x = m->x + activation_index(m->rows, m->groups, row, &stride);
+  const activation_group* x = m->x + activation_index(m->rows, m->groups, row, &stride);
   f32x16 sums[BLOCK_ROWS][MAX_TILES];
-  for (size_t r = 0; r < rows; ++r)
-    UNROLL for (int t = 0; t < tiles; ++t) sums[r][t] = splat(0.0f);
+  for (size_t r = 0; r < rows; ++r) UNROLL for (int t = 0; t < tiles; ++t) sums[r][t] = splat(0.0f);
 
   for (size_t g = 0; g < m->groups; ++g) {
     weight_group w[MAX_TILES];
@@ -183,7 +182,7 @@ INLINE void multiply_rows(const format f, const int tiles, const matmul *m, size
 
 // All rows of y for the workgroup's tiles: blocks of activations outside, so that one block and the tiles' weights, a
 // few hundred kilobytes each at most, stay in the second cache.
-INLINE void multiply(const format f, const matmul *m, size_t workgroup, size_t tiles_per_workgroup) {
+INLINE void multiply(const format f, const matmul* m, size_t workgroup, size_t tiles_per_workgroup) {
   size_t first = workgroup * tiles_per_workgroup;
   size_t end = min_size(ceil_div(m->columns, LANES), first + tiles_per_workgroup);
   for (size_t row = 0; row < m->rows; row += BLOCK_ROWS) {
@@ -204,39 +203,56 @@ INLINE void multiply(const format f, const matmul *m, size_t workgroup, size_t t
 //   rows     of x and y
 //   columns  of y: rows of the matrix, before padding to whole tiles
 //   depth    columns of x and of the matrix, a whole number of blocks
-KERNEL void llmir_quantized_matmul_q4_0(const f16 *restrict d, size_t d_offset, const uint8_t *restrict qs,
-                                        size_t qs_offset, const uint8_t *restrict x, size_t x_offset, float *restrict y,
+KERNEL void llmir_quantized_matmul_q4_0(const f16* restrict d, size_t d_offset, const uint8_t* restrict qs,
+                                        size_t qs_offset, const uint8_t* restrict x, size_t x_offset, float* restrict y,
                                         size_t y_offset, size_t rows, size_t columns, size_t depth, size_t workgroup,
                                         size_t tiles_per_workgroup) {
-  const matmul call = {{.d = d + d_offset, .codes = qs + qs_offset}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
-                     depth / GROUP};
+  const matmul call = {{.d = d + d_offset, .codes = qs + qs_offset},
+                       (const activation_group*)(x + x_offset),
+                       y + y_offset,
+                       rows,
+                       columns,
+                       depth / GROUP};
   multiply(Q4_0, &call, workgroup, tiles_per_workgroup);
 }
 
-KERNEL void llmir_quantized_matmul_q4_1(const f16 *restrict d, size_t d_offset, const f16 *restrict m, size_t m_offset,
-                                        const uint8_t *restrict qs, size_t qs_offset, const uint8_t *restrict x,
-                                        size_t x_offset, float *restrict y, size_t y_offset, size_t rows,
+KERNEL void llmir_quantized_matmul_q4_1(const f16* restrict d, size_t d_offset, const f16* restrict m, size_t m_offset,
+                                        const uint8_t* restrict qs, size_t qs_offset, const uint8_t* restrict x,
+                                        size_t x_offset, float* restrict y, size_t y_offset, size_t rows,
                                         size_t columns, size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
-  const matmul call = {{.d = d + d_offset, .m = m + m_offset, .codes = qs + qs_offset}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
-                     depth / GROUP};
+  const matmul call = {{.d = d + d_offset, .m = m + m_offset, .codes = qs + qs_offset},
+                       (const activation_group*)(x + x_offset),
+                       y + y_offset,
+                       rows,
+                       columns,
+                       depth / GROUP};
   multiply(Q4_1, &call, workgroup, tiles_per_workgroup);
 }
 
-KERNEL void llmir_quantized_matmul_q8_0(const f16 *restrict d, size_t d_offset, const int8_t *restrict qs,
-                                        size_t qs_offset, const uint8_t *restrict x, size_t x_offset, float *restrict y,
+KERNEL void llmir_quantized_matmul_q8_0(const f16* restrict d, size_t d_offset, const int8_t* restrict qs,
+                                        size_t qs_offset, const uint8_t* restrict x, size_t x_offset, float* restrict y,
                                         size_t y_offset, size_t rows, size_t columns, size_t depth, size_t workgroup,
                                         size_t tiles_per_workgroup) {
-  const matmul call = {{.d = d + d_offset, .codes = (const uint8_t *)(qs + qs_offset)}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
-                     depth / GROUP};
+  const matmul call = {{.d = d + d_offset, .codes = (const uint8_t*)(qs + qs_offset)},
+                       (const activation_group*)(x + x_offset),
+                       y + y_offset,
+                       rows,
+                       columns,
+                       depth / GROUP};
   multiply(Q8_0, &call, workgroup, tiles_per_workgroup);
 }
 
-KERNEL void llmir_quantized_matmul_q6_k(const uint8_t *restrict ql, size_t ql_offset, const uint8_t *restrict qh,
-                                        size_t qh_offset, const int8_t *restrict scales, size_t scales_offset,
-                                        const f16 *restrict d, size_t d_offset, const uint8_t *restrict x,
-                                        size_t x_offset, float *restrict y, size_t y_offset, size_t rows,
+KERNEL void llmir_quantized_matmul_q6_k(const uint8_t* restrict ql, size_t ql_offset, const uint8_t* restrict qh,
+                                        size_t qh_offset, const int8_t* restrict scales, size_t scales_offset,
+                                        const f16* restrict d, size_t d_offset, const uint8_t* restrict x,
+                                        size_t x_offset, float* restrict y, size_t y_offset, size_t rows,
                                         size_t columns, size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
-  const matmul call = {{.d = d + d_offset, .scales = scales + scales_offset, .codes = ql + ql_offset, .high = qh + qh_offset}, (const activation_group *)(x + x_offset), y + y_offset, rows, columns,
-                     depth / GROUP};
+  const matmul call = {
+      {.d = d + d_offset, .scales = scales + scales_offset, .codes = ql + ql_offset, .high = qh + qh_offset},
+      (const activation_group*)(x + x_offset),
+      y + y_offset,
+      rows,
+      columns,
+      depth / GROUP};
   multiply(Q6_K, &call, workgroup, tiles_per_workgroup);
 }
