@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llmir_iree.plugins.kernels import build
 
@@ -45,29 +46,30 @@ class Kernels:
     def __init__(self, path):
         self._library = ctypes.CDLL(str(path))
 
-    def call(self, name, *arguments):
-        """Pass each array as a pointer and offset 0, each int as a size, each float as a float.
+    def dispatch(self, name, arrays, workgroups, sizes):
+        """Run a kernel for each workgroup: arrays are passed as pointer and offset 0, what follows by its type.
 
         Reading or writing outside of an array ends the process.
         """
         function = getattr(self._library, name)
         function.restype = None
-        flat = []
         with ExitStack() as stack:
-            for argument in arguments:
-                if isinstance(argument, np.ndarray):
-                    assert argument.flags.c_contiguous
-                    flat += [ctypes.c_void_p(stack.enter_context(guarded(argument))), ctypes.c_size_t(0)]
-                else:
-                    flat.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_size_t(argument))
-            function(*flat)
+            buffers = []
+            for array in arrays:
+                assert array.flags.c_contiguous
+                buffers += [ctypes.c_void_p(stack.enter_context(guarded(array))), ctypes.c_size_t(0)]
+            for workgroup in workgroups:
+                scalars = (ctypes.c_float(s) if isinstance(s, float) else ctypes.c_size_t(s) for s in sizes(workgroup))
+                function(*buffers, *scalars)
 
     def quantize(self, x, rows_per_workgroup=3):
         """Activation groups of x as bytes."""
         rows, columns = x.shape
         out = np.full(rows * columns // GROUP * GROUP_BYTES, 0xAA, np.uint8)
-        for workgroup in range(-(-rows // rows_per_workgroup)):
-            self.call("llmir_quantize_activations", x, out, rows, columns, workgroup, rows_per_workgroup)
+        workgroups = range(-(-rows // rows_per_workgroup))
+        self.dispatch(
+            "llmir_quantize_activations", (x, out), workgroups, lambda w: (rows, columns, w, rows_per_workgroup)
+        )
         return out
 
     def matmul(self, weight_format, tiles, x, columns, tiles_per_workgroup=2):
@@ -75,9 +77,12 @@ class Kernels:
         rows, depth = x.shape
         operand = x if weight_format in ("f16", "bf16") else self.quantize(x)
         y = np.full((rows, columns), np.nan, np.float32)
-        name = f"llmir_quantized_matmul_{weight_format}"
-        for workgroup in range(-(-columns // (16 * tiles_per_workgroup))):
-            self.call(name, *tiles.values(), operand, y, rows, columns, depth, workgroup, tiles_per_workgroup)
+        self.dispatch(
+            f"llmir_quantized_matmul_{weight_format}",
+            (*tiles.values(), operand, y),
+            range(-(-columns // (16 * tiles_per_workgroup))),
+            lambda w: (rows, columns, depth, w, tiles_per_workgroup),
+        )
         return y
 
     def append(self, cache, key, value, page_table, positions, layer, tokens_per_workgroup=2):
@@ -85,9 +90,12 @@ class Kernels:
         _, layers, _, kv_heads, page_size, head_dim = cache.shape
         batch, seq = positions.shape
         sizes = (batch, seq, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer)
-        for workgroup in range(-(-batch * seq // tokens_per_workgroup)):
-            arrays = (cache, key, value, page_table, positions)
-            self.call("llmir_append_kv_f16", *arrays, *sizes, workgroup, tokens_per_workgroup)
+        self.dispatch(
+            "llmir_append_kv_f16",
+            (cache, key, value, page_table, positions),
+            range(-(-batch * seq // tokens_per_workgroup)),
+            lambda w: (*sizes, w, tokens_per_workgroup),
+        )
 
     def attend(self, query, cache, page_table, positions, layer, scale, window=0, softcap=0.0):
         """Output, shaped like the query."""
@@ -95,9 +103,12 @@ class Kernels:
         batch, seq, heads, _ = query.shape
         output = np.full_like(query, np.nan)
         sizes = (seq, heads, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer, window)
-        for workgroup in np.ndindex(-(-seq * (heads // kv_heads) // 16), kv_heads, batch):
-            arrays = (query, cache, page_table, positions, output)
-            self.call("llmir_paged_attention_f16", *arrays, *sizes, float(scale), float(softcap), *workgroup)
+        self.dispatch(
+            "llmir_paged_attention_f16",
+            (query, cache, page_table, positions, output),
+            np.ndindex(-(-seq * (heads // kv_heads) // 16), kv_heads, batch),
+            lambda w: (*sizes, float(scale), float(softcap), *w),
+        )
         return output
 
 
@@ -110,6 +121,15 @@ def _runnable():
         )
         for name, need in _NEEDS.items()
     ]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The references are tiny: waking threads for them takes longer than their sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", params=_runnable())
