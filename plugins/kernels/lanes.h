@@ -83,6 +83,45 @@ INLINE int32_t reduce_add_i32(i32x16 x) {
 #endif
 }
 
+INLINE float reduce_max_f32(f32x16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float most = x[0];
+  UNROLL for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
+
+INLINE float reduce_add_f32(f32x16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0;
+  UNROLL for (int i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
+// Lane i of the result is the sum over the lanes of x[i]; x is overwritten. Each step adds the two halves of what is
+// left of two sums, and puts both into one register.
+INLINE f32x16 reduce_add_each(f32x16 x[LANES]) {
+  UNROLL for (int i = 0; i < 8; ++i) {
+    x[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    x[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  UNROLL for (int i = 0; i < 2; ++i) {
+    x[i] = __builtin_shufflevector(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  return __builtin_shufflevector(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
 INLINE f32x16 f32_from_i32(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 INLINE i32x16 i32_from_i8(i8x16 x) { return __builtin_convertvector(x, i32x16); }
 

@@ -54,6 +54,12 @@ def test_decode(kernels, length):
     check(kernels, scene([length], 1))
 
 
+@pytest.mark.parametrize("heads", [2, 6, 8, 16])
+def test_decode_of_small_and_large_groups(kernels, heads):
+    for window, softcap in ((0, 0.0), (0, 3.0), (9, 0.0), (17, 0.0)):
+        check(kernels, scene([35, 16, 1], 1, heads, head_dim=40), window, softcap)
+
+
 @pytest.mark.parametrize("seq", [2, 3, 7, 8, 9, 31, 33])
 def test_prefill(kernels, seq):
     check(kernels, scene([seq], seq))
@@ -93,8 +99,9 @@ def test_padding_gives_zeros(kernels):
     assert not kernels.attend(query, cache, table, positions, LAYER, 0.125).any()
 
 
-def test_later_tokens_that_are_nan_do_not_reach_earlier_ones(kernels):
-    query, cache, table, positions = scene([12], 12, page_size=8)
+@pytest.mark.parametrize("heads", [2, 4, 16])
+def test_later_tokens_that_are_nan_do_not_reach_earlier_ones(kernels, heads):
+    query, cache, table, positions = scene([12], 12, heads, page_size=8)
     clean = kernels.attend(query, cache, table, positions, LAYER, 0.125)
     cache[table[0, 1], LAYER, :, :, 2] = np.nan  # position 10
     spoiled = kernels.attend(query, cache, table, positions, LAYER, 0.125)
@@ -102,8 +109,9 @@ def test_later_tokens_that_are_nan_do_not_reach_earlier_ones(kernels):
     assert np.isnan(spoiled[:, 10:]).all()
 
 
-def test_positions_before_the_window_may_be_nan(kernels):
-    query, cache, table, positions = scene([30], 1, page_size=8)
+@pytest.mark.parametrize("heads", [4, 16])
+def test_positions_before_the_window_may_be_nan(kernels, heads):
+    query, cache, table, positions = scene([30], 1, heads, page_size=8)
     clean = kernels.attend(query, cache, table, positions, LAYER, 0.125, window=9)
     cache[table[0, :2], LAYER] = np.nan
     cache[table[0, 2], LAYER, :, :, :5] = np.nan  # up to position 20; 21 and on are seen
