@@ -123,6 +123,13 @@ def _runnable():
     ]
 
 
+@pytest.fixture(scope="session", params=_runnable())
+def objects(request, tmp_path_factory):
+    """Folder of the freestanding objects, once for every instruction set of this machine."""
+    variant = build.VARIANTS[request.param]
+    return build.build_objects(tmp_path_factory.mktemp("objects"), variant)[0].parent
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """The references are tiny: waking threads for them takes longer than their sums."""

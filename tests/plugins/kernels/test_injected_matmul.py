@@ -11,7 +11,6 @@ from llmir_iree.export.dequantize import dequantize
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.params.layouts import pack_tile16
 from llmir_iree.plugins.calls import LlmirCall, TensorType
-from llmir_iree.plugins.kernels import build
 from llmir_iree.plugins.kernels.definitions import accepts_quantized_matmul, quantized_matmul
 from llmir_iree.plugins.kernels.executables import read_executable_target
 
@@ -20,13 +19,6 @@ FLAGS = (
     "--iree-hal-local-target-device-backends=llvm-cpu",
     "--iree-llvmcpu-target-cpu=host",
 )
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("objects")
-    build.build_objects(folder, build.VARIANTS["x86_64-generic"])
-    return folder / "x86_64-generic"
 
 
 def matmul_call(weight_format, tiles, columns, depth, seq):
