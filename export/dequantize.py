@@ -13,13 +13,66 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llmir_iree.params.errors import ParameterError
 from llmir_iree.params.formats import FORMATS
+from llmir_iree.params.layouts import LAYOUTS, PLANES, TILE_ROWS, Layout, lane_dimension
 
 Planes = Sequence[Tensor]
 
 
+def matrix(weight_format: str, layout: str, planes: Planes, rows: int) -> Tensor:
+    """The matrix that stored planes stand for.
+
+    Args:
+        weight_format: key of `llmir_iree.params.FORMATS`.
+        layout: key of `llmir_iree.params.LAYOUTS`.
+        planes: the format's planes in its order, shaped as the layout says.
+        rows: of the matrix; tiles may hold more.
+
+    Returns:
+        float32 [rows, columns].
+
+    Raises:
+        ParameterError: the layout is unknown.
+    """
+    if _known(layout) == PLANES:
+        return dequantize(weight_format, planes)
+    lanes_second = [plane.movedim(lane_dimension(plane.dim()), 1).flatten(0, 1) for plane in planes]
+    return _TILE_ROWS[weight_format](*lanes_second)[:rows]
+
+
+def look_up(weight_format: str, layout: str, planes: Planes, ids: Tensor) -> Tensor:
+    """Rows of a matrix in stored planes: ids [...] -> float32 [..., columns]; of `matrix`, only those rows are read.
+
+    Raises:
+        ParameterError: the layout is unknown.
+    """
+    if _known(layout) == PLANES:
+        return dequantize(weight_format, [plane[ids] for plane in planes])
+    tile, lane = ids // TILE_ROWS, ids % TILE_ROWS
+    return _TILE_ROWS[weight_format](*(_lane(plane, tile, lane) for plane in planes))
+
+
+def _lane(plane: Tensor, tile: Tensor, lane: Tensor) -> Tensor:
+    """One lane of one tile for each index: [T, ..., 16] or [T, ..., 16, 4] -> [*indices, ...] or [*indices, ..., 4].
+
+    As one index into the flat plane, which reads no other lanes; torch-mlir lowers no two indices of unknown size.
+    """
+    dimension = lane_dimension(plane.dim())
+    inside = torch.arange(plane[0].numel()).reshape(plane.shape[1:]).select(dimension - 1, 0)
+    first = tile * plane[0].numel() + lane * plane[0].stride(dimension - 1)
+    index = first.reshape(*first.shape, *[1] * inside.dim()) + inside
+    return plane.flatten()[index]
+
+
+def _known(layout: str) -> Layout:
+    if layout not in LAYOUTS:
+        raise ParameterError(f"unknown layout {layout!r} of weights; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout]
+
+
 def dequantize(weight_format: str, planes: Planes) -> Tensor:
-    """The weights that planes stand for.
+    """The weights that planes in layout `planes` stand for.
 
     Args:
         weight_format: key of `llmir_iree.params.FORMATS`.
@@ -97,4 +150,45 @@ _DEQUANTIZE: dict[str, Callable[..., Tensor]] = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+}
+
+
+# Rows of a matrix in layout tile16, its lanes taken out: what is left of a plane are columns in the order of the steps,
+# groups of 32 after the leading dimension. See `llmir_iree.params.layouts`.
+
+
+def _tile_q4_0(d: Tensor, qs: Tensor) -> Tensor:
+    return ((_tile_nibbles(qs).float() - 8.0) * d.float()[..., None]).flatten(-2)
+
+
+def _tile_q4_1(d: Tensor, m: Tensor, qs: Tensor) -> Tensor:
+    return (_tile_nibbles(qs).float() * d.float()[..., None] + m.float()[..., None]).flatten(-2)
+
+
+def _tile_q8_0(d: Tensor, qs: Tensor) -> Tensor:
+    return (qs.flatten(-2).float() * d.float()[..., None]).flatten(-2)
+
+
+def _tile_q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
+    step = torch.arange(4, dtype=torch.int32)[:, None]
+    high = ((qh.to(torch.int32)[..., None, :] >> (2 * step)) & 3).flatten(-3)
+    quants: Tensor = (_tile_nibbles(ql).to(torch.int32) + high * 16 - 32).float()
+    # Dimensions: block, 16 runs of 16 columns with a scale each.
+    scaled = quants.flatten(-2).unflatten(-1, (-1, 16, 16)) * scales.float().unflatten(-1, (-1, 16))[..., None]
+    weights: Tensor = (scaled * d.float()[..., None, None]).flatten(-3)
+    return weights
+
+
+def _tile_nibbles(qs: Tensor) -> Tensor:
+    """uint8 [..., groups, 4, 4] -> [..., groups, 32]."""
+    return _nibbles(qs).flatten(-3)
+
+
+_TILE_ROWS: dict[str, Callable[..., Tensor]] = {
+    "f16": _plain,
+    "bf16": _plain,
+    "q4_0": _tile_q4_0,
+    "q4_1": _tile_q4_1,
+    "q8_0": _tile_q8_0,
+    "q6_k": _tile_q6_k,
 }

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmir_iree.export import ops  # noqa: F401  registers the ops that the packed modules call
-from llmir_iree.export.dequantize import dequantize
+from llmir_iree.export.dequantize import look_up
 from llmir_iree.params.errors import SourceError
 from llmir_iree.params.formats import FORMATS
+from llmir_iree.params.layouts import layout_of, stored_shapes
 from llmir_iree.params.plan import PlannedWeight, WeightKind, WeightSpec
 
 # What transformers calls the architectures whose modelling code was traced and compared; each is one `model_type`.
@@ -27,9 +28,10 @@ class PackedWeight(nn.Module):
     def __init__(self, weight_format: str, rows: int, columns: int) -> None:
         super().__init__()
         self.format = weight_format
+        self.layout = layout_of(weight_format).name
         self.rows = rows
         self.names = tuple(plane.name for plane in FORMATS[weight_format].planes)
-        shapes = FORMATS[weight_format].plane_shapes(rows, columns)
+        shapes = stored_shapes(weight_format, rows, columns)
         for plane in FORMATS[weight_format].planes:
             dtype = _torch_dtype(plane.dtype.name)
             self.register_parameter(
@@ -53,7 +55,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, then add the bias if there is one."""
         weight = self.weight
-        y: Tensor = torch.ops.llmir.quantized_matmul(x, weight.planes, weight.format, weight.rows)
+        y: Tensor = torch.ops.llmir.quantized_matmul(x, weight.planes, weight.format, weight.layout, weight.rows)
         return y if self.bias is None else y + self.bias
 
 
@@ -67,8 +69,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Pick the rows of every plane, then dequantise only those."""
         # torch-mlir lowers an index of 32 bits into a comparison with one of 64, which does not verify.
-        wide = ids.long()
-        return dequantize(self.weight.format, [plane[wide] for plane in self.weight.planes])
+        return look_up(self.weight.format, self.weight.layout, self.weight.planes, ids.long())
 
 
 def load_config(data: Mapping[str, Any]) -> Any:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmir_iree.export.dequantize import dequantize
+from llmir_iree.export.dequantize import matrix
+from llmir_iree.params.layouts import LAYOUTS, TILE16, TILE_ROWS
 
 NAMESPACE = "llmir"
 
@@ -142,29 +143,40 @@ def _(
 
 # quantized_matmul: a linear layer whose weights are stored in blocks.
 
-_library.define("quantized_matmul(Tensor x, Tensor[] planes, str format, int out_features) -> Tensor")
+_library.define("quantized_matmul(Tensor x, Tensor[] planes, str format, str layout, int out_features) -> Tensor")
 
 
-def quantized_matmul(x: Tensor, planes: Sequence[Tensor], format: str, out_features: int) -> Tensor:  # noqa: A002
+def quantized_matmul(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    format: str,  # noqa: A002
+    layout: str,
+    out_features: int,
+) -> Tensor:
     """Multiply activations with a matrix of packed weights.
 
     Args:
         x: float32 [..., in_features].
-        planes: the weights, as `llmir_iree.params.FORMATS[format]` lays them out for [out_features, in_features].
+        planes: the weights, the planes of `llmir_iree.params.FORMATS[format]` in its order.
         format: name of the weight format.
-        out_features: rows of the matrix.
+        layout: how the planes of an [out_features, in_features] matrix are ordered, "planes" or "tile16"; see
+            `llmir_iree.params.layouts`. A compiled op reads each format in the layout that archives have it in.
+        out_features: rows of the matrix; tiles may hold more.
 
     Returns:
         float32 [..., out_features].
     """
-    return x @ dequantize(format, planes).T
+    return x @ matrix(format, layout, planes, out_features).T
 
 
 @torch.library.register_fake("llmir::quantized_matmul", lib=_library)
-def _(x: Tensor, planes: Sequence[Tensor], format: str, out_features: int) -> Tensor:  # noqa: A002
+def _(x: Tensor, planes: Sequence[Tensor], format: str, layout: str, out_features: int) -> Tensor:  # noqa: A002
+    _expect(layout in LAYOUTS, f"quantized_matmul: layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    unit = f"tiles of {TILE_ROWS} rows" if layout == TILE16.name else "rows"
+    needed = -(-out_features // TILE_ROWS) if layout == TILE16.name else out_features
     _expect(
-        planes[0].shape[0] == out_features,
-        f"quantized_matmul: planes have {planes[0].shape[0]} rows, out_features is {out_features}",
+        planes[0].shape[0] == needed,
+        f"quantized_matmul: planes have {planes[0].shape[0]} {unit}, out_features is {out_features}",
     )
     return x.new_empty(*x.shape[:-1], out_features)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmir_iree.bundle import (
     MANIFEST_NAME,
+    MANIFEST_VERSION,
     PARAMETERS_NAME,
     PHASES,
     TOKENIZER_FOLDER,
@@ -21,6 +22,7 @@ from llmir_iree.bundle import (
     CacheInfo,
     FileInfo,
     FunctionInfo,
+    LayoutInfo,
     Manifest,
     ModelInfo,
     ParametersInfo,
@@ -32,9 +34,10 @@ from llmir_iree.export.trace import PortableModule, TraceOptions, trace_phase
 from llmir_iree.params.archive import ArchiveInfo, write_archive
 from llmir_iree.params.checkpoint import Checkpoint, open_checkpoint
 from llmir_iree.params.errors import BundleError, LlmirError, RequestError
-from llmir_iree.params.formats import LAYOUT, LAYOUT_VERSION
+from llmir_iree.params.layouts import layout_of
 from llmir_iree.params.plan import PlannedWeight, describe_conversions, plan_weights
 from llmir_iree.params.sources.companions import copy_tokenizer
+from llmir_iree.plugins.lowering import Preference
 from llmir_iree.targets import Target
 
 # A longer default would only make page tables larger; --max-seq-len asks for more.
@@ -55,6 +58,7 @@ class BuildOptions:
     max_seq_len: int | None = None
     cache_dtype: CacheDtype = "f16"
     targets: tuple[Target, ...] = ()
+    implementations: Preference = "best"
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,14 @@ def build_bundle(options: BuildOptions, report: Reporter | None = None) -> Bundl
             (folder / f"{phase}.mlir").write_text(portable[-1].text, encoding="utf-8")
 
         report.stage("writing parameters")
-        nbytes = sum(_stored_bytes(weight) for weight in plan)
+        nbytes = sum(weight.nbytes for weight in plan)
         archive = write_archive(checkpoint, plan, folder / PARAMETERS_NAME, report.start_parameters(len(plan), nbytes))
         manifest = _describe(folder, checkpoint, config, trace_options, plan, archive, portable)
         bundle = Bundle(folder, manifest)
         bundle.save()
         for target in options.targets:
             report.stage(f"compiling for {target.name}")
-            compile_bundle(bundle, target)
+            compile_bundle(bundle, target, implementations=options.implementations)
     return Bundle.open(options.output)
 
 
@@ -168,7 +172,7 @@ def _describe(
             formats[weight.format] = formats.get(weight.format, 0) + 1
     return Manifest.model_validate(
         {
-            "version": 1,
+            "version": MANIFEST_VERSION,
             "generator": f"llmir-iree {version('llmir-iree')}",
             "source": Path(checkpoint.source).name,
             "model": ModelInfo(
@@ -189,10 +193,9 @@ def _describe(
                 file=PARAMETERS_NAME,
                 nbytes=archive.nbytes,
                 sha256=archive.sha256,
-                layout=LAYOUT,
-                layout_version=LAYOUT_VERSION,
+                layouts={name: LayoutInfo(**asdict(layout_of(name))) for name in formats},
                 formats=formats,
-                decode_bytes=sum(_stored_bytes(weight) for weight in plan if weight.spec.kind != "embedding"),
+                decode_bytes=sum(weight.nbytes for weight in plan if weight.spec.kind != "embedding"),
             ),
             "portable": {
                 module.phase: FileInfo(file=f"{module.phase}.mlir", sha256=file_sha256(folder / f"{module.phase}.mlir"))
@@ -201,11 +204,6 @@ def _describe(
             "functions": tuple(FunctionInfo.model_validate(asdict(function)) for function in functions),
         }
     )
-
-
-def _stored_bytes(weight: PlannedWeight) -> int:
-    rows = 1 if weight.spec.kind == "vector" else weight.spec.shape[0]
-    return weight.weight_format.nbytes(rows, weight.spec.shape[-1])
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -23,9 +23,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmir_iree.params.errors import BundleError
+from llmir_iree.params.layouts import LAYOUTS
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 PARAMETERS_NAME = "params.irpa"
 PARAMETER_SCOPE = "model"
 TOKENIZER_FOLDER = "tokenizer"
@@ -100,14 +101,28 @@ class FunctionInfo(_Record):
     results: tuple[TensorType, ...]
 
 
+class LayoutInfo(_Record):
+    """The order of the planes of a weight format, see `llmir_iree.params.layouts`."""
+
+    name: str
+    version: int
+
+    @model_validator(mode="after")
+    def _check_known(self) -> LayoutInfo:
+        known = LAYOUTS.get(self.name)
+        if known is None or known.version != self.version:
+            readable = ", ".join(f"{layout.name} {layout.version}" for layout in LAYOUTS.values())
+            raise ValueError(f"layout {self.name} {self.version} is unknown; this program reads {readable}")
+        return self
+
+
 class ParametersInfo(_Record):
-    """The parameter archive and the layout of the weights in it."""
+    """The parameter archive: how many matrices it holds of each format, and the layout of each format."""
 
     file: str
     nbytes: int = Field(gt=0)
     sha256: str
-    layout: str
-    layout_version: int
+    layouts: dict[str, LayoutInfo]
     formats: dict[str, int]
     decode_bytes: int = Field(gt=0, description="bytes of weights that one decode step reads")
 
@@ -120,10 +135,14 @@ class FileInfo(_Record):
 
 
 class ModuleInfo(FileInfo):
-    """One compiled module, the flags that made it and the portable module it was made from."""
+    """One compiled module, what made it and the portable module it was made from.
+
+    `implementations` says of every op which implementations stand in for its calls, and for how many.
+    """
 
     flags: tuple[str, ...]
     passes: tuple[str, ...]
+    implementations: dict[str, dict[str, int]]
     portable_sha256: str
 
 
@@ -140,7 +159,7 @@ class TargetInfo(_Record):
 class Manifest(_Record):
     """Everything that is known about a bundle."""
 
-    version: Literal[1]
+    version: Literal[2]
     generator: str
     source: str
     model: ModelInfo

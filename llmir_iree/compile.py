@@ -7,11 +7,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from llmir_iree.bundle import PHASES, Bundle, ModuleInfo, Phase, TargetInfo, file_sha256
 from llmir_iree.params.errors import BundleError, CompileError
+from llmir_iree.plugins.lowering import Preference
 from llmir_iree.targets import Target
 
 # A compile of a large model takes a minute or two; one that takes this long will not end.
@@ -19,13 +21,16 @@ TIMEOUT_S = 1800
 _STDERR_LINES = 12
 
 
-def compile_bundle(bundle: Bundle, target: Target, extra_flags: Sequence[str] = ()) -> TargetInfo:
+def compile_bundle(
+    bundle: Bundle, target: Target, extra_flags: Sequence[str] = (), implementations: Preference = "best"
+) -> TargetInfo:
     """Compile prefill and decode for a target, side by side, and enter the modules in the manifest.
 
     Args:
         bundle: an exported bundle; its portable modules are read, and checked against the manifest.
         target: what to compile for.
         extra_flags: more flags for iree-compile, after those of the target.
+        implementations: which implementations may stand in for the model's ops.
 
     Returns:
         What the manifest now says of the target.
@@ -36,11 +41,10 @@ def compile_bundle(bundle: Bundle, target: Target, extra_flags: Sequence[str] = 
     """
     folder = bundle.path(target.folder)
     folder.mkdir(exist_ok=True)
-    flags = (*target.flags, *extra_flags)
+    flagged = replace(target, flags=(*target.flags, *extra_flags))
     with ThreadPoolExecutor(len(PHASES)) as pool:
-        modules = dict(
-            zip(PHASES, pool.map(lambda phase: _compile_phase(bundle, phase, target, flags), PHASES), strict=True)
-        )
+        compiled = pool.map(lambda phase: _compile_phase(bundle, phase, flagged, implementations), PHASES)
+        modules = dict(zip(PHASES, compiled, strict=True))
     info = TargetInfo(
         target=target.name,
         folder=target.folder,
@@ -81,21 +85,22 @@ def compile_mlir(text: str, output: Path, flags: Iterable[str]) -> None:
     source.unlink(missing_ok=True)
 
 
-def _compile_phase(bundle: Bundle, phase: Phase, target: Target, flags: tuple[str, ...]) -> ModuleInfo:
+def _compile_phase(bundle: Bundle, phase: Phase, target: Target, implementations: Preference) -> ModuleInfo:
     from llmir_iree.plugins.pipeline import lower
 
     portable = bundle.manifest.portable[phase]
     source = bundle.path(portable.file)
     if not source.is_file() or file_sha256(source) != portable.sha256:
         raise BundleError(f"{source}: missing, or not the module that the manifest describes; export the bundle again")
-    lowered = lower(source.read_text(encoding="utf-8"), target.family)
+    lowered = lower(source.read_text(encoding="utf-8"), target, implementations)
     file = f"{target.folder}/{phase}.vmfb"
-    compile_mlir(lowered.text, bundle.path(file), flags)
+    compile_mlir(lowered.text, bundle.path(file), target.flags)
     return ModuleInfo(
         file=file,
         sha256=file_sha256(bundle.path(file)),
-        flags=flags,
+        flags=target.flags,
         passes=lowered.passes,
+        implementations=lowered.implementations,
         portable_sha256=portable.sha256,
     )
 

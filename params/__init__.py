@@ -17,14 +17,14 @@ if TYPE_CHECKING:
         SourceError,
         TargetError,
     )
-    from llmir_iree.params.formats import FORMATS, LAYOUT, LAYOUT_VERSION, Plane, WeightFormat, split_planes
+    from llmir_iree.params.formats import FORMATS, Plane, WeightFormat, split_planes
+    from llmir_iree.params.layouts import LAYOUTS, Layout, layout_of
     from llmir_iree.params.plan import QUANT_CHOICES, PlannedWeight, WeightSpec, describe_conversions, plan_weights
     from llmir_iree.params.quantize import READABLE_ENCODINGS
 
 __all__ = [
     "FORMATS",
-    "LAYOUT",
-    "LAYOUT_VERSION",
+    "LAYOUTS",
     "QUANT_CHOICES",
     "READABLE_ENCODINGS",
     "ArchiveEntry",
@@ -32,6 +32,7 @@ __all__ = [
     "BundleError",
     "Checkpoint",
     "CompileError",
+    "Layout",
     "LlmirError",
     "ParameterError",
     "Plane",
@@ -43,6 +44,7 @@ __all__ = [
     "WeightFormat",
     "WeightSpec",
     "describe_conversions",
+    "layout_of",
     "open_checkpoint",
     "plan_weights",
     "read_archive_index",
@@ -62,7 +64,8 @@ _HOMES = {
         "SourceError",
         "TargetError",
     ),
-    "formats": ("FORMATS", "LAYOUT", "LAYOUT_VERSION", "Plane", "WeightFormat", "split_planes"),
+    "formats": ("FORMATS", "Plane", "WeightFormat", "split_planes"),
+    "layouts": ("LAYOUTS", "Layout", "layout_of"),
     "plan": ("QUANT_CHOICES", "PlannedWeight", "WeightSpec", "describe_conversions", "plan_weights"),
     "quantize": ("READABLE_ENCODINGS",),
 }

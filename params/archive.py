@@ -22,6 +22,7 @@ import numpy.typing as npt
 from llmir_iree.params.checkpoint import Checkpoint
 from llmir_iree.params.errors import BundleError, LlmirError, ParameterError
 from llmir_iree.params.formats import split_planes
+from llmir_iree.params.layouts import TILE16, TILE_ROWS, layout_of, pack_tile16
 from llmir_iree.params.plan import PlannedWeight
 from llmir_iree.params.quantize import PLAIN_ENCODINGS, dequantize, quantize
 
@@ -183,15 +184,19 @@ def _write_weight(
             progress(name, vector.nbytes)
         return
     rows, columns = weight.spec.shape
-    step = max(1, _CHUNK_VALUES // columns)
+    is_tiled = layout_of(weight.format) == TILE16
+    step = max(1, _CHUNK_VALUES // columns // TILE_ROWS) * TILE_ROWS
+    written = {plane.name: 0 for plane in weight.weight_format.planes}
     for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        blocks = _packed_rows(checkpoint, weight, start, stop)
-        for plane, values in split_planes(weight.weight_format, blocks).items():
-            entry = entries[f"{name}.{plane}"]
-            _write_at(file, entry.offset + entry.nbytes // rows * start, values)
+        blocks = _packed_rows(checkpoint, weight, start, min(start + step, rows))
+        planes = split_planes(weight.weight_format, blocks)
+        if is_tiled:
+            planes = pack_tile16(weight.format, planes)
+        for plane, values in planes.items():
+            _write_at(file, entries[f"{name}.{plane}"].offset + written[plane], values)
+            written[plane] += values.nbytes
         if progress is not None:
-            progress(name, blocks.nbytes)
+            progress(name, sum(values.nbytes for values in planes.values()))
 
 
 def _packed_rows(checkpoint: Checkpoint, weight: PlannedWeight, start: int, stop: int) -> npt.NDArray[np.uint8]:

@@ -1,8 +1,8 @@
-"""The weight formats that a bundle may hold, and how a block of each is laid out in the archive.
+"""The weight formats that a bundle may hold, and the fields of a block of each.
 
 A block format is what GGUF calls a quantisation type: a run of `block_size` weights along a row, stored as a C struct.
 The archive holds a matrix of such blocks as *planes*, one array for every field of the struct, so that the compiler
-sees typed tensors instead of bytes. No bit changes: `split_planes` only regroups.
+sees typed tensors instead of bytes; `layouts` says in which order. No bit changes: `split_planes` only regroups.
 
 Source of the struct definitions: ggml-common.h of llama.cpp.
 """
@@ -14,9 +14,6 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-
-LAYOUT = "planes"
-LAYOUT_VERSION = 1
 
 
 @dataclass(frozen=True)

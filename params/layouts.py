@@ -45,6 +45,7 @@ class Layout:
 
 PLANES = Layout("planes", 1)
 TILE16 = Layout("tile16", 1)
+LAYOUTS = {layout.name: layout for layout in (PLANES, TILE16)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,23 @@ class _Repacking:
 def has_tile16(weight_format: str) -> bool:
     """Whether a format can be stored as tile16."""
     return weight_format in _TILE16
+
+
+def layout_of(weight_format: str) -> Layout:
+    """The layout in which archives hold a format: tiles where they exist, so that kernels can stream the matrix."""
+    return TILE16 if has_tile16(weight_format) else PLANES
+
+
+def stored_shapes(weight_format: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the planes of a [rows, columns] matrix in the archive, in the order of the format."""
+    if layout_of(weight_format) == TILE16:
+        return tile16_shapes(weight_format, rows, columns)
+    return FORMATS[weight_format].plane_shapes(rows, columns)
+
+
+def lane_dimension(rank: int) -> int:
+    """Which dimension of a tile16 plane is the row in its tile: behind it, planes of bytes have 4 columns of a step."""
+    return 3 if rank == 5 else rank - 1
 
 
 def pack_tile16(weight_format: str, planes: Mapping[str, Array]) -> Planes:

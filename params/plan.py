@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from llmir_iree.params.checkpoint import Checkpoint, TensorInfo
 from llmir_iree.params.errors import ParameterError, SourceError
 from llmir_iree.params.formats import FORMATS, WeightFormat
+from llmir_iree.params.layouts import stored_shapes
 from llmir_iree.params.quantize import READABLE_ENCODINGS
 
 WeightKind = Literal["linear", "embedding", "vector"]
@@ -66,7 +68,7 @@ class PlannedWeight:
 
     @property
     def weight_format(self) -> WeightFormat:
-        """The format's layout."""
+        """The format as FORMATS describes it."""
         return FORMATS[self.format]
 
     @property
@@ -76,14 +78,19 @@ class PlannedWeight:
 
     @property
     def planes(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Dtype and shape of every archive entry of this weight by its key.
+        """Dtype and shape of every archive entry of this weight by its key, in the layout of its format.
 
         The keys are "<name>.<plane>", and just the name for a vector.
         """
         if self.spec.kind == "vector":
             return {self.spec.name: (np.dtype(np.float32), self.spec.shape)}
-        shapes = self.weight_format.plane_shapes(*self.spec.shape)
+        shapes = stored_shapes(self.format, *self.spec.shape)
         return {f"{self.spec.name}.{p.name}": (p.dtype, shapes[p.name]) for p in self.weight_format.planes}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the archive holds of it, rows that fill a tile included."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.planes.values())
 
 
 def plan_weights(checkpoint: Checkpoint, specs: Iterable[WeightSpec], quant: str = "keep") -> tuple[PlannedWeight, ...]:

@@ -18,7 +18,7 @@ PREFIX = "torch.llmir."
 _CONSTANTS: dict[str, dict[int, str]] = {
     "append_kv": {5: "layer"},
     "paged_attention": {4: "layer", 5: "scale", 6: "window", 7: "softcap"},
-    "quantized_matmul": {2: "format", 3: "out_features"},
+    "quantized_matmul": {2: "format", 3: "layout", 4: "out_features"},
 }
 OPS = tuple(_CONSTANTS)
 

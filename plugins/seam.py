@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from llmir_iree.params.errors import CompileError
 from llmir_iree.plugins.calls import LlmirCall
+from llmir_iree.plugins.kernels import definitions as kernels
+from llmir_iree.plugins.lowering import Lowering, Target
 from llmir_iree.plugins.portable import definitions as portable
 
 
@@ -18,43 +20,55 @@ from llmir_iree.plugins.portable import definitions as portable
 class Implementation:
     """One way to compute an op.
 
-    `emit` gives the MLIR of the definition by symbol: private `util.func`s, of which `call.symbol` takes the call's
-    tensors as builtin tensors, then the layer as an index if the op has one, and gives the op's results.
+    `emit` gives the MLIR of the definition by symbol: private `util.func`s and what they need, such as executables.
+    Of these `call.symbol` takes the call's tensors as builtin tensors, then the layer as an index if the op has one,
+    and gives the op's results.
     """
 
     name: str
-    emit: Callable[[LlmirCall], dict[str, str]]
-    targets: frozenset[str] | None = None
-    accepts: Callable[[LlmirCall], bool] = lambda _: True
+    emit: Callable[[LlmirCall, Target], dict[str, str]]
+    accepts: Callable[[LlmirCall, Target], bool] = lambda _call, _target: True
+    is_portable: bool = True
 
-    def serves(self, call: LlmirCall, target: str) -> bool:
-        """Whether this implementation can stand in for the call on the target."""
-        return (self.targets is None or target in self.targets) and self.accepts(call)
+
+def _portable(
+    name: str,
+    emit: Callable[[LlmirCall], dict[str, str]],
+    accepts: Callable[[LlmirCall], bool] = lambda _: True,
+    families: frozenset[str] | None = None,
+) -> Implementation:
+    return Implementation(
+        name,
+        lambda call, _: emit(call),
+        lambda call, target: (families is None or target.family in families) and accepts(call),
+    )
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "append_kv": (Implementation("portable", portable.append_kv),),
-    "paged_attention": (Implementation("portable", portable.paged_attention),),
+    "append_kv": (_portable("portable", portable.append_kv),),
+    "paged_attention": (_portable("portable", portable.paged_attention),),
     "quantized_matmul": (
+        Implementation("cpu-kernels", kernels.quantized_matmul, kernels.accepts_quantized_matmul, is_portable=False),
         # SPIR-V targets cannot legalise the fused form: its vectorised indices want workgroup memory of type index.
-        Implementation(
+        _portable(
             "portable-fused",
             portable.quantized_matmul_fused,
-            targets=frozenset({"llvm-cpu", "cuda", "rocm"}),
-            accepts=portable.has_few_rows,
+            portable.has_few_rows,
+            families=frozenset({"llvm-cpu", "cuda", "rocm"}),
         ),
-        Implementation("portable", portable.quantized_matmul),
+        _portable("portable", portable.quantized_matmul),
     ),
 }
 
 
-def choose(call: LlmirCall, target: str) -> Implementation:
-    """The first implementation that serves a call on a target.
+def choose(call: LlmirCall, lowering: Lowering) -> Implementation:
+    """The first implementation that serves a call.
 
     Raises:
         CompileError: none does.
     """
     for implementation in IMPLEMENTATIONS[call.op]:
-        if implementation.serves(call, target):
+        is_wanted = implementation.is_portable or lowering.preference == "best"
+        if is_wanted and implementation.accepts(call, lowering.target):
             return implementation
-    raise CompileError(f"llmir.{call.op} has no implementation for {target} with operands {call.operands}")
+    raise CompileError(f"llmir.{call.op} has no implementation for {lowering.target.name}, operands {call.operands}")

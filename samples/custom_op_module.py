@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import llmir_iree.export.ops  # noqa: F401  registers the ops
 from llmir_iree.compile import compile_mlir
 from llmir_iree.params.formats import FORMATS, split_planes
+from llmir_iree.params.layouts import TILE16, pack_tile16
 from llmir_iree.params.quantize import quantize
 from llmir_iree.plugins.pipeline import lower
 from llmir_iree.targets import resolve_target
@@ -33,7 +34,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Project, store keys and values, attend."""
         ops, layer, window, softcap = torch.ops.llmir, 0, 0, 0.0
-        projected = ops.quantized_matmul(x, planes, FORMAT, sum(SPLIT) * HEAD_DIM)
+        projected = ops.quantized_matmul(x, planes, FORMAT, TILE16.name, sum(SPLIT) * HEAD_DIM)
         query, key, value = projected.unflatten(-1, (-1, HEAD_DIM)).split(SPLIT, dim=-2)
         cache = ops.append_kv(cache, key, value, page_table, positions, layer)
         output, cache = ops.paged_attention(query, cache, page_table, positions, layer, HEAD_DIM**-0.5, window, softcap)
@@ -43,8 +44,8 @@ class Attention(nn.Module):
 def make_planes() -> list[Tensor]:
     """A random matrix [(heads + 2 * kv_heads) * head_dim, hidden], packed."""
     weights = np.random.default_rng(0).standard_normal((sum(SPLIT) * HEAD_DIM, HIDDEN), np.float32)
-    planes = split_planes(FORMATS[FORMAT], quantize(weights, FORMAT))
-    return [torch.from_numpy(np.ascontiguousarray(plane)) for plane in planes.values()]
+    planes = pack_tile16(FORMAT, split_planes(FORMATS[FORMAT], quantize(weights, FORMAT)))
+    return [torch.from_numpy(plane) for plane in planes.values()]
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
     exported = torch.export.export(Attention(), arguments, dynamic_shapes=shapes, strict=False)
     portable = str(aot.export(exported).mlir_module)
     target = resolve_target("llvm-cpu")
-    lowered = lower(portable, target.family)
+    lowered = lower(portable, target, "portable")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "attention.vmfb"
         compile_mlir(lowered.text, file, target.flags)

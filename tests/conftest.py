@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from llmir_iree.build import BuildOptions, build_bundle
-from llmir_iree.bundle import Bundle
+from llmir_iree.bundle import PARAMETERS_NAME, Bundle
+from llmir_iree.compile import compile_bundle
 from llmir_iree.export.model import load_config
 from llmir_iree.params.checkpoint import open_checkpoint
 from llmir_iree.params.quantize import dequantize
@@ -40,6 +42,17 @@ def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
         return Bundle.open(os.environ[BUNDLE_VARIABLE])
     output = tmp_path_factory.mktemp("bundles") / "smollm2"
     return build_bundle(BuildOptions(str(smollm2_gguf), output, targets=(resolve_target("llvm-cpu"),)))
+
+
+@pytest.fixture(scope="session")
+def smollm2_portable_bundle(smollm2_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with portable implementations only, which are exact but for the order of sums."""
+    folder = tmp_path_factory.mktemp("bundles") / "smollm2-portable"
+    shutil.copytree(smollm2_bundle.folder, folder, ignore=shutil.ignore_patterns(PARAMETERS_NAME, "*.vmfb"))
+    (folder / PARAMETERS_NAME).symlink_to(smollm2_bundle.path(PARAMETERS_NAME).resolve())
+    bundle = Bundle.open(folder)
+    compile_bundle(bundle, resolve_target("llvm-cpu"), implementations="portable")
+    return bundle
 
 
 @pytest.fixture(scope="session")

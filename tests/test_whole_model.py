@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +10,17 @@ import pytest
 
 from llmir_iree.build import BuildOptions, build_bundle
 from llmir_iree.bundle import Bundle
+from llmir_iree.plugins.lowering import Preference
 from llmir_iree.session import Session
 from llmir_iree.targets import resolve_target
 
 # Where two logits lie closer than this, either may be the larger one; errors of a float16 cache are below it.
 TIE = 0.05
 PAGE_EDGES = (31, 32, 33, 64, 65)
+
+# Of the logits, to transformers'. Kernels round activations to 8 bits, which costs most at a few positions of the chat
+# template: the same rounding done in transformers takes the cosine down to 0.985 there, with a median of 0.9996.
+LEAST_COSINE = {"portable": 0.999, "best": 0.99}
 
 
 class Rows:
@@ -47,9 +52,35 @@ def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArra
     return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 
+def assert_same(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], implementations: str) -> None:
+    """Two ways to the same logits, in which sums run in another order.
+
+    Rounded to 8 bits, activations that differ in their last bit may differ in 1 of 127 steps, so that logits of up to
+    30 differ by up to 1; a wrong page or position brings the cosine below 0.9.
+    """
+    if implementations == "portable":
+        np.testing.assert_allclose(got, expected, atol=0.02)
+    else:
+        assert cosine(got, expected).min() >= 0.9995
+
+
+@pytest.fixture(scope="module", params=get_args(Preference))
+def implementations(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def session(smollm2_bundle: Bundle) -> Session:
-    return Session(smollm2_bundle, max_seq_len=512)
+def session(implementations: str, request: pytest.FixtureRequest) -> Session:
+    name = "smollm2_portable_bundle" if implementations == "portable" else "smollm2_bundle"
+    return Session(request.getfixturevalue(name), max_seq_len=512)
+
+
+def test_the_bundles_have_the_implementations_that_the_tests_name(
+    smollm2_bundle: Bundle, smollm2_portable_bundle: Bundle
+) -> None:
+    expected = {smollm2_bundle: {"cpu-kernels": 2 * 211}, smollm2_portable_bundle: {"portable-fused": 2 * 211}}
+    for bundle, matmuls in expected.items():
+        assert bundle.target("llvm-cpu").modules["decode"].implementations["quantized_matmul"] == matmuls
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +93,11 @@ def prompt(smollm2_bundle: Bundle) -> list[int]:
 
 
 def test_smollm2_prefill_and_64_decode_steps_equal_transformers(
-    session: Session, prompt: list[int], smollm2_gguf: Path, reference: Callable[[str], Any]
+    session: Session,
+    implementations: str,
+    prompt: list[int],
+    smollm2_gguf: Path,
+    reference: Callable[[str], Any],
 ) -> None:
     rows = Rows(session, 1)
     logits = [rows.step("prefill", [prompt])[0]]
@@ -72,41 +107,47 @@ def test_smollm2_prefill_and_64_decode_steps_equal_transformers(
         tokens.append(int(logits[-1].argmax()))
 
     expected = reference(str(smollm2_gguf))([[*prompt, *tokens[:-1]]])[0, len(prompt) - 1 :]
-    assert cosine(np.stack(logits), expected).min() >= 0.999
+    assert cosine(np.stack(logits), expected).min() >= LEAST_COSINE[implementations]
+    if implementations != "portable":
+        return  # the largest logit is another one now and then
     for position, (token, truth) in enumerate(zip(tokens, expected, strict=True)):
         margin = float(truth.max() - truth[token])
         assert margin < TIE, f"token {position}: chose {token}, transformers {truth.argmax()}, {margin} above it"
 
 
 def test_smollm2_prefill_equals_transformers_at_every_position(
-    session: Session, prompt: list[int], smollm2_gguf: Path, reference: Callable[[str], Any]
+    session: Session,
+    implementations: str,
+    prompt: list[int],
+    smollm2_gguf: Path,
+    reference: Callable[[str], Any],
 ) -> None:
     expected = reference(str(smollm2_gguf))([prompt])[0]
     for length in range(1, len(prompt) + 1):
         got = Rows(session, 1).step("prefill", [prompt[:length]])[0]
-        assert cosine(got, expected[length - 1]) >= 0.999
+        assert cosine(got, expected[length - 1]) >= LEAST_COSINE[implementations]
 
 
 @pytest.mark.parametrize("length", PAGE_EDGES)
-def test_decode_after_prefill_equals_one_longer_prefill(session: Session, length: int) -> None:
+def test_decode_after_prefill_equals_one_longer_prefill(session: Session, implementations: str, length: int) -> None:
     tokens = np.random.default_rng(length).integers(3, 40_000, length + 3).tolist()
     stepwise = Rows(session, 1)
     stepwise.step("prefill", [tokens[:length]])
     for end in range(length + 1, length + 4):
         got = stepwise.step("decode", [tokens[end - 1 : end]])
         expected = Rows(session, 1).step("prefill", [tokens[:end]])
-        np.testing.assert_allclose(got, expected, atol=0.02)
+        assert_same(got, expected, implementations)
 
 
-def test_a_prefill_in_pieces_equals_one_prefill(session: Session) -> None:
+def test_a_prefill_in_pieces_equals_one_prefill(session: Session, implementations: str) -> None:
     tokens = np.random.default_rng(0).integers(3, 40_000, 70).tolist()
     pieces = Rows(session, 1)
     for start, stop in ((0, 31), (31, 33), (33, 64), (64, 70)):
         got = pieces.step("prefill", [tokens[start:stop]])
-    np.testing.assert_allclose(got, Rows(session, 1).step("prefill", [tokens]), atol=0.02)
+    assert_same(got, Rows(session, 1).step("prefill", [tokens]), implementations)
 
 
-def test_a_batch_of_unequal_lengths_equals_its_rows_alone(session: Session) -> None:
+def test_a_batch_of_unequal_lengths_equals_its_rows_alone(session: Session, implementations: str) -> None:
     rng = np.random.default_rng(1)
     texts = [rng.integers(3, 40_000, length + 1).tolist() for length in (31, 33, 64)]
     batch = Rows(session, 4)
@@ -114,8 +155,8 @@ def test_a_batch_of_unequal_lengths_equals_its_rows_alone(session: Session) -> N
     after = batch.step("decode", [*(text[-1:] for text in texts), []])
     for index, text in enumerate(texts):
         alone = Rows(session, 1)
-        np.testing.assert_allclose(got[index], alone.step("prefill", [text[:-1]])[0], atol=0.02)
-        np.testing.assert_allclose(after[index], alone.step("decode", [text[-1:]])[0], atol=0.02)
+        assert_same(got[index], alone.step("prefill", [text[:-1]])[0], implementations)
+        assert_same(after[index], alone.step("decode", [text[-1:]])[0], implementations)
 
 
 @pytest.mark.parametrize("padding", [0, 9])

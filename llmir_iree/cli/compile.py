@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
 from llmir_iree.cli.common import LlmirCommand
 from llmir_iree.cli.progress import BuildProgress, show_flags
+from llmir_iree.plugins.lowering import Preference
 
 
 def _list_targets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -37,11 +39,23 @@ def _list_passes(ctx: click.Context, _param: click.Parameter, value: bool) -> No
 @click.option("--target", "targets", multiple=True, default=("llvm-cpu",), help="Target to compile for; repeatable.")
 @click.option("--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets)
 @click.option("--list-passes", is_flag=True, is_eager=True, expose_value=False, callback=_list_passes)
+@click.option(
+    "--implementations",
+    type=click.Choice(get_args(Preference)),
+    default="best",
+    help="Which may stand in for the model's ops: kernels where they exist, or only those that run everywhere.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout.")
 def main(
-    bundle: Path, iree_flags: tuple[str, ...], targets: tuple[str, ...], verbose: bool, quiet: bool, as_json: bool
+    bundle: Path,
+    iree_flags: tuple[str, ...],
+    targets: tuple[str, ...],
+    implementations: Any,
+    verbose: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Compile the portable modules of BUNDLE; flags after -- go to iree-compile."""
     from llmir_iree.bundle import Bundle
@@ -55,7 +69,7 @@ def main(
         report = progress.reporter()
         for target in resolved:
             report.stage(f"compiling for {target.name}")
-            compiled.append(compile_bundle(opened, target, iree_flags))
+            compiled.append(compile_bundle(opened, target, iree_flags, implementations))
     if verbose:
         show_flags(compiled)
     if as_json:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from llmir_iree.cli.common import LlmirCommand
 from llmir_iree.cli.progress import BuildProgress, show_flags
+from llmir_iree.plugins.lowering import Preference
 
 QUANT_CHOICES = ("keep", "q4_0", "q8_0", "f16", "bf16")
 CACHE_DTYPES = ("f16", "bf16", "f32")
@@ -48,6 +49,12 @@ class IntList(click.ParamType[tuple[int, ...]]):
 @click.option("--kv-dtype", type=click.Choice(CACHE_DTYPES), default="f16", help="Dtype of the cache.")
 @click.option("--target", "targets", multiple=True, default=("llvm-cpu",), help="Target to compile for; repeatable.")
 @click.option("--no-compile", is_flag=True, help="Write the portable modules only.")
+@click.option(
+    "--implementations",
+    type=click.Choice(get_args(Preference)),
+    default="best",
+    help="Which may stand in for the model's ops: kernels where they exist, or only those that run everywhere.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout.")
@@ -63,6 +70,7 @@ def main(
     kv_dtype: Any,
     targets: tuple[str, ...],
     no_compile: bool,
+    implementations: Any,
     verbose: bool,
     quiet: bool,
     as_json: bool,
@@ -88,6 +96,7 @@ def main(
             max_seq_len=max_seq_len,
             cache_dtype=kv_dtype,
             targets=resolved,
+            implementations=implementations,
         )
         bundle = build_bundle(options, progress.reporter())
     if verbose:

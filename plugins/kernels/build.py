@@ -7,18 +7,30 @@ wheel, not to use it.
 from __future__ import annotations
 
 import importlib.util
+import os
 import struct
 import subprocess
 import sys
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
 
+OBJECTS_FOLDER = "objects"
+"""Where a wheel holds the objects, beside the sources."""
+
+COMPILER_VERSION = "0.17.1"
+"""Of the `ziglang` package, the one that pyproject.toml names."""
+
 # The compiler may contract a product and a sum within one expression: the kernels count on it, and separate what must
 # not be. Freestanding keeps it from turning loops into calls of memcpy.
 _FLAGS = ("-std=c17", "-O3", "-ffreestanding", "-ffp-contract=on", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
 _OBJECT_FLAGS = ("-c", "-fPIC", "-fno-stack-protector", "-fno-sanitize=all", "-fno-asynchronous-unwind-tables", "-g0")
+
+# Registers that belong to some of the systems on which the same object runs.
+_RESERVED = {"aarch64": ("-ffixed-x18",)}
 
 
 class KernelBuildError(Exception):
@@ -27,27 +39,43 @@ class KernelBuildError(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """An instruction set that kernels are compiled for."""
+    """An instruction set that kernels are compiled for.
+
+    `cpu` is what the compiler is told; `features` are those of LLVM's names that a processor must have to run them.
+    """
 
     name: str
     architecture: str
     cpu: str
+    features: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.name.startswith(self.architecture):
             raise ValueError(f"variant {self.name} must be named after its architecture {self.architecture}")
 
 
-# 512-bit registers are wanted wherever they exist, which the compiler's model of x86_64_v4 would avoid.
+_V3 = frozenset({"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"})
+_V4_VNNI = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni"}
+
+# By name; of one architecture the best comes first. 512-bit registers are wanted wherever they exist, which the
+# compiler's model of x86_64_v4 would avoid.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("x86_64-avx512vnni", "x86_64", "x86_64_v4+avx512vnni-prefer_256_bit"),
-        Variant("x86_64-avx2", "x86_64", "x86_64_v3"),
+        Variant("x86_64-avx512vnni", "x86_64", "x86_64_v4+avx512vnni-prefer_256_bit", _V4_VNNI),
+        Variant("x86_64-avx2", "x86_64", "x86_64_v3", _V3),
         Variant("x86_64-generic", "x86_64", "x86_64"),
         Variant("aarch64-generic", "aarch64", "generic"),
     )
 }
+
+
+def choose_variant(architecture: str, features: Collection[str]) -> Variant | None:
+    """The best variant that runs on a processor with these features; None if there is none for its architecture."""
+    for variant in VARIANTS.values():
+        if variant.architecture == architecture and variant.features.issubset(features):
+            return variant
+    return None
 
 
 def sources() -> list[Path]:
@@ -66,15 +94,8 @@ def build_objects(directory: Path, variant: Variant) -> list[Path]:
     """
     folder = directory / variant.name
     folder.mkdir(parents=True, exist_ok=True)
-    objects = []
-    for source in sources():
-        target = folder / f"{source.stem}.o"
-        _compile(variant, "freestanding-none", [source], target, _OBJECT_FLAGS)
-        missing = undefined_symbols(target)
-        if missing:
-            raise KernelBuildError(f"{source.name} for {variant.name} needs {', '.join(missing)}: not freestanding")
-        objects.append(target)
-    return objects
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda source: _build_object(folder, variant, source), sources()))
 
 
 def build_library(target: Path, variant: Variant) -> Path:
@@ -85,6 +106,16 @@ def build_library(target: Path, variant: Variant) -> Path:
     """
     flags = ("-shared", "-fPIC", "-fno-sanitize=all", "-fvisibility=hidden", "-DLLMIR_SHARED_LIBRARY")
     _compile(variant, "linux-gnu", sources(), target, flags)
+    return target
+
+
+def _build_object(folder: Path, variant: Variant, source: Path) -> Path:
+    target = folder / f"{source.stem}.o"
+    reserved = _RESERVED.get(variant.architecture, ())
+    _compile(variant, "freestanding-none", [source], target, (*_OBJECT_FLAGS, *reserved))
+    missing = undefined_symbols(target)
+    if missing:
+        raise KernelBuildError(f"{source.name} for {variant.name} needs {', '.join(missing)}: not freestanding")
     return target
 
 

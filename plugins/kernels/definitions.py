@@ -6,9 +6,18 @@ from importlib.resources import files
 from string import Template
 
 from llmir_iree.params.formats import FORMATS
-from llmir_iree.params.layouts import GROUP, TILE_ROWS, has_tile16, tile16_shapes
+from llmir_iree.params.layouts import GROUP, TILE16, TILE_ROWS, has_tile16, tile16_shapes
 from llmir_iree.plugins.calls import LlmirCall, extent
-from llmir_iree.plugins.kernels.executables import Buffer, Kernel, executable
+from llmir_iree.plugins.kernels.build import choose_variant
+from llmir_iree.plugins.kernels.executables import (
+    Buffer,
+    Kernel,
+    executable,
+    read_executable_target,
+    read_processor,
+)
+from llmir_iree.plugins.kernels.objects import find_object
+from llmir_iree.plugins.lowering import Target
 
 # Bytes of an activation group, see activations.h.
 _GROUP_BYTES = 40
@@ -39,22 +48,29 @@ def multiply(weight_format: str) -> Kernel:
     )
 
 
-def accepts_quantized_matmul(call: LlmirCall) -> bool:
-    """Whether the call's planes are tiles of a block format."""
+def accepts_quantized_matmul(call: LlmirCall, target: Target) -> bool:
+    """Whether the target is a CPU that kernels are compiled for, and the call's planes are tiles of a block format."""
     weight_format = str(call.constant("format"))
     x, *planes = call.operands
     columns, depth = int(call.constant("out_features")), x.shape[-1]
-    if depth is None or not has_tile16(weight_format) or not FORMATS[weight_format].is_quantized:
+    if target.family != "llvm-cpu" or call.constant("layout") != TILE16.name or len(x.shape) != 3 or depth is None:
         return False
-    return [plane.shape for plane in planes] == list(tile16_shapes(weight_format, columns, depth).values())
+    if not has_tile16(weight_format) or not FORMATS[weight_format].is_quantized:
+        return False
+    if [plane.shape for plane in planes] != list(tile16_shapes(weight_format, columns, depth).values()):
+        return False
+    return choose_variant(*read_processor(read_executable_target(target.flags))) is not None
 
 
-def quantized_matmul(call: LlmirCall, target: str) -> dict[str, str]:
+def quantized_matmul(call: LlmirCall, target: Target) -> dict[str, str]:
     """Definition of `quantized_matmul` on planes in layout tile16, and the executables that it dispatches.
 
     Args:
-        call: one that `accepts_quantized_matmul`.
-        target: the `#hal.executable.target` of the module.
+        call: one that `accepts_quantized_matmul` on the target.
+        target: what the module is compiled for.
+
+    Raises:
+        CompileError: the kernels are not compiled, and cannot be.
     """
     weight_format = str(call.constant("format"))
     x, *planes = call.operands
@@ -87,8 +103,13 @@ def quantized_matmul(call: LlmirCall, target: str) -> dict[str, str]:
         quantize=QUANTIZE.entry,
         multiply=kernel.entry,
     )
+    return {**_executables(target, QUANTIZE, kernel), call.symbol: definition}
+
+
+def _executables(target: Target, *kernels: Kernel) -> dict[str, str]:
+    executable_target = read_executable_target(target.flags)
+    variant = choose_variant(*read_processor(executable_target))
+    assert variant is not None
     return {
-        QUANTIZE.name: executable(QUANTIZE, target),
-        kernel.name: executable(kernel, target),
-        call.symbol: definition,
+        kernel.name: executable(kernel, executable_target, find_object(variant, kernel.object)) for kernel in kernels
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 
 from iree.compiler.tools.binaries import find_tool
@@ -51,12 +52,14 @@ class Kernel:
         return f"@{self.name}_executable::@{VARIANT}::@{self.name}_dispatch"
 
 
-def executable(kernel: Kernel, target: str) -> str:
+def executable(kernel: Kernel, target: str, compiled: Path) -> str:
     """MLIR of the executable of a kernel.
 
     Args:
         kernel: what to call.
         target: the `#hal.executable.target` that the module is compiled for.
+        compiled: the object to link, for a processor that the target has. It is named by its whole path, so that the
+            compiler needs no flag to find it; its data cannot stand in the module, IREE 3.13 links an empty file then.
     """
     bindings = (f"#hal.pipeline.binding<storage_buffer{'' if b.writes else ', ReadOnly'}>" for b in kernel.buffers)
     layout = f"#hal.pipeline.layout<constants = {len(kernel.constants)}, bindings = [{', '.join(bindings)}]>"
@@ -75,7 +78,7 @@ def executable(kernel: Kernel, target: str) -> str:
     return Template(text).substitute(
         kernel=kernel.name,
         variant=VARIANT,
-        object=f"{kernel.object}.o",
+        object=compiled.as_posix(),
         target=target,
         layout=layout,
         operands="\n        ".join(lines),
@@ -84,7 +87,8 @@ def executable(kernel: Kernel, target: str) -> str:
     )
 
 
-def read_executable_target(flags: Sequence[str]) -> str:
+@lru_cache
+def read_executable_target(flags: tuple[str, ...]) -> str:
     """The `#hal.executable.target` that iree-compile derives from flags: the CPU's features in full.
 
     Raises:
@@ -96,6 +100,16 @@ def read_executable_target(flags: Sequence[str]) -> str:
     if found is None:
         raise CompileError(f"iree-compile names no executable target for {' '.join(flags)}: {done.stderr.strip()}")
     return found[0]
+
+
+def read_processor(target: str) -> tuple[str, frozenset[str]]:
+    """Architecture and features of the processor that a `#hal.executable.target` describes."""
+    architecture = re.search(r'target_triple = "([^"-]+)', target)
+    listed = re.search(r'cpu_features = "([^"]*)"', target)
+    # A feature may be named more than once, the last time counts.
+    signs = {feature[1:]: feature[:1] for feature in (listed[1].split(",") if listed else [])}
+    features = frozenset(feature for feature, sign in signs.items() if sign == "+")
+    return architecture[1] if architecture else "", features
 
 
 def _constant(layout: str, ordinal: int, size: str) -> tuple[str, ...]:

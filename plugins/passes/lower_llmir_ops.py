@@ -2,7 +2,7 @@
 
 Before: a module in the torch dialect with `torch.operator "torch.llmir.*"`.
 After: no such op is left; each became a `util.call` of a private function on builtin tensors, one function for every
-distinct combination of types and constants.
+distinct combination of types and constants. Executables that functions dispatch stand beside them, once each.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from iree.compiler import ir
 
 from llmir_iree.plugins.calls import append_definitions, call_definition, find_calls
+from llmir_iree.plugins.lowering import Lowering
 from llmir_iree.plugins.seam import choose
 
 
-def lower_llmir_ops(module: ir.Module, target: str) -> None:
+def lower_llmir_ops(module: ir.Module, lowering: Lowering) -> None:
     """Lower every `llmir` op of a module, in place.
 
     Raises:
@@ -21,6 +22,9 @@ def lower_llmir_ops(module: ir.Module, target: str) -> None:
     """
     functions: dict[str, str] = {}
     for site in find_calls(module):
-        functions.update(choose(site.call, target).emit(site.call))
+        implementation = choose(site.call, lowering)
+        lowering.record(site.call.op, implementation.name)
+        if site.call.symbol not in functions:
+            functions.update(implementation.emit(site.call, lowering.target))
         call_definition(site.operation, site.call.symbol, site.tensors, site.call.layer)
     append_definitions(module, functions)

@@ -13,15 +13,16 @@ from iree.compiler import ir
 
 from llmir_iree.params.errors import CompileError
 from llmir_iree.plugins.calls import TensorType, append_definitions, call_definition, walk
+from llmir_iree.plugins.lowering import Lowering
 from llmir_iree.plugins.portable import definitions
 
 ARGMAX = "torch.aten.argmax"
 TARGETS = frozenset({"cuda", "rocm"})
 
 
-def split_argmax(module: ir.Module, target: str) -> None:
+def split_argmax(module: ir.Module, lowering: Lowering) -> None:
     """Split every arg-max over [batch, vocab], in place."""
-    if target not in TARGETS:
+    if lowering.target.family not in TARGETS:
         return
     functions: dict[str, str] = {}
     for operation in [operation for operation in walk(module.operation) if operation.name == ARGMAX]:

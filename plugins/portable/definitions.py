@@ -7,6 +7,7 @@ from string import Template
 
 from llmir_iree.params.errors import CompileError
 from llmir_iree.params.formats import FORMATS
+from llmir_iree.params.layouts import TILE16, TILE_ROWS, layout_of
 from llmir_iree.plugins.calls import LlmirCall, TensorType, extent
 
 _NO_WINDOW = 2**31 - 1
@@ -16,14 +17,15 @@ _MOST_FUSED_ROWS = 16
 
 _BITS = {"bf16": 16, "f16": 16, "f32": 32}
 
-# How a template shapes the weights of one block: the dimensions of the float32 tensor it gives, after the row.
+# How a template shapes the weights of one block: the dimensions of the float32 tensor it gives, after the row, which is
+# a tile and a lane for formats in layout tile16.
 _BLOCK_SHAPES: dict[str, tuple[int, ...]] = {
-    "q4_0": (2, 16),
-    "q4_1": (2, 16),
-    "q8_0": (32,),
+    "q4_0": (4, 2, 4),
+    "q4_1": (4, 2, 4),
+    "q8_0": (8, 4),
     "q4_k": (4, 2, 32),
     "q5_k": (4, 2, 32),
-    "q6_k": (2, 2, 2, 2, 16),
+    "q6_k": (8, 2, 2, 2, 4),
 }
 _TEMPLATES = {"f16": "dequantize_plain", "bf16": "dequantize_plain"}
 
@@ -125,19 +127,28 @@ def _quantized_matmul(call: LlmirCall, template: str) -> dict[str, str]:
     x, *planes = call.operands
     if weight_format not in FORMATS:
         raise CompileError(f"llmir.quantized_matmul: unknown format {weight_format!r}; known: {', '.join(FORMATS)}")
+    layout = layout_of(weight_format)
+    if call.constant("layout") != layout.name:
+        raise CompileError(
+            f"llmir.quantized_matmul: {weight_format} is read in layout {layout.name}, not {call.constant('layout')}"
+        )
     if len(x.shape) != 3 or x.element != "f32":
         raise CompileError(f"llmir.quantized_matmul: x must be float32 [batch, seq, in_features], it is {x}")
     batch, seq, columns = x.shape
-    rows = planes[0].shape[0]
+    rows = int(call.constant("out_features"))
     assert batch is not None
     assert columns is not None
-    assert rows is not None
+    tile_shape = (-(-rows // TILE_ROWS), TILE_ROWS) if layout == TILE16 else (rows,)
     block_size = FORMATS[weight_format].block_size
     block_shape = _BLOCK_SHAPES.get(weight_format)
     row_shape = (columns,) if block_shape is None else (columns // block_size, *block_shape)
-    weights = TensorType((rows, *row_shape), "f32")
+    weights = TensorType((*tile_shape, *row_shape), "f32")
     activation_rows = None if seq is None else batch * seq
+    rows_extent = _operand(activation_rows, "%rows") or extent(activation_rows)
+    product = TensorType((activation_rows, *tile_shape), "f32")
+    join, joined = _join_tiles(product, rows, rows_extent)
     names = [plane.name for plane in FORMATS[weight_format].planes]
+    n = [f"n{index}" for index in range(len(tile_shape))]
     k = [f"k{index}" for index in range(len(row_shape))]
     dequantize_symbol = f"llmir_dequantize_{weight_format}_{rows}x{columns}"
     text = _fill(
@@ -152,19 +163,40 @@ def _quantized_matmul(call: LlmirCall, template: str) -> dict[str, str]:
         weights=weights,
         flat=TensorType((activation_rows, columns), "f32"),
         blocked=TensorType((activation_rows, *row_shape), "f32"),
-        product=TensorType((activation_rows, rows), "f32"),
+        product=product,
+        join=join,
+        columns=joined,
+        columns_type=TensorType((activation_rows, rows), "f32"),
         x_reassociation=list(range(1, 1 + len(row_shape))),
         batch=batch,
         seq_extent=_operand(seq, "%seq") or extent(seq),
         rows_dim=_operand(activation_rows, "%rows"),
         rows_sizes=_sizes(activation_rows, "%rows"),
-        rows_extent=_operand(activation_rows, "%rows") or extent(activation_rows),
+        rows_extent=rows_extent,
         block_extents=", ".join(map(str, row_shape)),
+        n=", ".join(n),
+        parallels=", ".join('"parallel"' for _ in n),
         k=", ".join(k),
         reductions=", ".join('"reduction"' for _ in k),
         out_features=rows,
     )
     return {**_dequantize(weight_format, dequantize_symbol, planes, weights), call.symbol: text}
+
+
+def _join_tiles(product: TensorType, columns: int, rows_extent: str) -> tuple[str, str]:
+    """Operations that turn a product [rows, tiles, lanes] into [rows, columns], and the value that they give."""
+    if len(product.shape) == 2:
+        return "", "%product"
+    rows, tiles, lanes = product.shape
+    assert tiles is not None
+    assert lanes is not None
+    padded = TensorType((rows, tiles * lanes), product.element)
+    joined = f"%padded = tensor.collapse_shape %product [[0], [1, 2]] : {product} into {padded}"
+    if padded.shape[1] == columns:
+        return joined, "%padded"
+    whole = TensorType((rows, columns), product.element)
+    cut = f"%columns = tensor.extract_slice %padded[0, 0] [{rows_extent}, {columns}] [1, 1] : {padded} to {whole}"
+    return f"{joined}\n  {cut}", "%columns"
 
 
 def argmax(symbol: str, batch: int, vocab: int) -> str:
@@ -182,12 +214,14 @@ def argmax(symbol: str, batch: int, vocab: int) -> str:
 
 def _dequantize(weight_format: str, symbol: str, planes: list[TensorType], weights: TensorType) -> dict[str, str]:
     names = [plane.name for plane in FORMATS[weight_format].planes]
-    rows, blocks = weights.shape[:2]
+    rows = weights.shape[0]
+    blocks = weights.shape[2 if layout_of(weight_format) == TILE16 else 1]
     values = {
         **dict(zip(names, planes, strict=True)),
         "name": symbol,
         "weights": weights,
         "rows": extent(rows),
+        "tiles": extent(rows),
         "blocks": extent(blocks),
         "dtype": planes[0].element,
         "group_scales": TensorType((rows, blocks, 4, 2), "f32"),

@@ -1,16 +1,17 @@
-// Q4_0: w = d * (nibble - 8). Dimensions: row, block, nibble (0 low, 1 high), byte.
+// Q4_0 in tiles: w = d * (nibble - 8). Dimensions: tile, lane (the row in the tile), group, byte row i, nibble h (0 low,
+// 1 high), j; the column is 32 g + 8 i + 4 h + j.
 util.func private @$name(%d: $d, %qs: $qs) -> $weights {
   %init = tensor.empty() : $weights
   %weights = linalg.generic {
-      indexing_maps = [affine_map<(n, g, h, j) -> (n, g)>, affine_map<(n, g, h, j) -> (n, g, j)>,
-                       affine_map<(n, g, h, j) -> (n, g, h, j)>],
-      iterator_types = ["parallel", "parallel", "parallel", "parallel"]}
+      indexing_maps = [affine_map<(t, l, g, i, h, j) -> (t, g, l)>, affine_map<(t, l, g, i, h, j) -> (t, g, i, l, j)>,
+                       affine_map<(t, l, g, i, h, j) -> (t, l, g, i, h, j)>],
+      iterator_types = ["parallel", "parallel", "parallel", "parallel", "parallel", "parallel"]}
       ins(%d, %qs : $d, $qs) outs(%init : $weights) {
   ^bb0(%scale_f16: f16, %byte: i8, %unused: f32):
     %four = arith.constant 4 : i8
     %mask = arith.constant 15 : i8
     %eight = arith.constant 8.0 : f32
-    %h = linalg.index 2 : index
+    %h = linalg.index 4 : index
     %h_i8 = arith.index_cast %h : index to i8
     %shift = arith.muli %h_i8, %four : i8
     %shifted = arith.shrui %byte, %shift : i8

@@ -1,15 +1,17 @@
-// Q4_1: w = d * nibble + m. Dimensions: row, block, nibble (0 low, 1 high), byte.
+// Q4_1 in tiles: w = d * nibble + m. Dimensions: tile, lane (the row in the tile), group, byte row i, nibble h (0 low, 1
+// high), j; the column is 32 g + 8 i + 4 h + j.
 util.func private @$name(%d: $d, %m: $m, %qs: $qs) -> $weights {
   %init = tensor.empty() : $weights
   %weights = linalg.generic {
-      indexing_maps = [affine_map<(n, g, h, j) -> (n, g)>, affine_map<(n, g, h, j) -> (n, g)>,
-                       affine_map<(n, g, h, j) -> (n, g, j)>, affine_map<(n, g, h, j) -> (n, g, h, j)>],
-      iterator_types = ["parallel", "parallel", "parallel", "parallel"]}
+      indexing_maps = [affine_map<(t, l, g, i, h, j) -> (t, g, l)>, affine_map<(t, l, g, i, h, j) -> (t, g, l)>,
+                       affine_map<(t, l, g, i, h, j) -> (t, g, i, l, j)>,
+                       affine_map<(t, l, g, i, h, j) -> (t, l, g, i, h, j)>],
+      iterator_types = ["parallel", "parallel", "parallel", "parallel", "parallel", "parallel"]}
       ins(%d, %m, %qs : $d, $m, $qs) outs(%init : $weights) {
   ^bb0(%scale_f16: f16, %minimum_f16: f16, %byte: i8, %unused: f32):
     %four = arith.constant 4 : i8
     %mask = arith.constant 15 : i8
-    %h = linalg.index 2 : index
+    %h = linalg.index 4 : index
     %h_i8 = arith.index_cast %h : index to i8
     %shift = arith.muli %h_i8, %four : i8
     %shifted = arith.shrui %byte, %shift : i8

@@ -15,9 +15,9 @@ util.func private @$name(%x: $x, $plane_arguments) -> $y {
     %product_empty = tensor.empty($rows_dim) : $product
     %product_init = linalg.fill ins(%zero : f32) outs(%product_empty : $product) -> $product
     %sums = linalg.generic {
-        indexing_maps = [affine_map<(m, n, $k) -> (m, $k)>, affine_map<(m, n, $k) -> (n, $k)>,
-                         affine_map<(m, n, $k) -> (m, n)>],
-        iterator_types = ["parallel", "parallel", $reductions]}
+        indexing_maps = [affine_map<(m, $n, $k) -> (m, $k)>, affine_map<(m, $n, $k) -> ($n, $k)>,
+                         affine_map<(m, $n, $k) -> (m, $n)>],
+        iterator_types = ["parallel", $parallels, $reductions]}
         ins(%blocked, %weights : $blocked, $weights) outs(%product_init : $product) {
     ^bb0(%activation: f32, %weight: f32, %sum: f32):
       %term = arith.mulf %activation, %weight : f32
@@ -26,6 +26,8 @@ util.func private @$name(%x: $x, $plane_arguments) -> $y {
     } -> $product
     flow.return %sums : $product
   }
-  %y = tensor.expand_shape %product [[0, 1], [2]] output_shape [$batch, $seq_extent, $out_features] : $product into $y
+  $join
+  %y = tensor.expand_shape $columns [[0, 1], [2]] output_shape [$batch, $seq_extent, $out_features]
+      : $columns_type into $y
   util.return %y : $y
 }

@@ -87,4 +87,8 @@ def test_tracing_refuses_shapes_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match="query has 5 heads, not a multiple of the cache's 2"):
             attend(torch.empty(1, 1, 5, HEAD_DIM), cache, table, positions)
         with pytest.raises(ValueError, match="planes have 3 rows, out_features is 4"):
-            torch.ops.llmir.quantized_matmul(torch.empty(1, 8), [torch.empty(3, 8)], "f32", 4)
+            torch.ops.llmir.quantized_matmul(torch.empty(1, 8), [torch.empty(3, 8)], "f32", "planes", 4)
+        with pytest.raises(ValueError, match="planes have 1 tiles of 16 rows, out_features is 17"):
+            torch.ops.llmir.quantized_matmul(torch.empty(1, 8), [torch.empty(1, 8, 16)], "f16", "tile16", 17)
+        with pytest.raises(ValueError, match="layout 'rows' is none of planes, tile16"):
+            torch.ops.llmir.quantized_matmul(torch.empty(1, 8), [torch.empty(4, 8)], "f32", "rows", 4)

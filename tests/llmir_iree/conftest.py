@@ -115,6 +115,7 @@ def write_bundle(folder: Path) -> Tiny:
             sha256=b.file_sha256(module),
             flags=flags,
             passes=(),
+            implementations={},
             portable_sha256=portable[phase].sha256,
         )
         functions += [
@@ -123,7 +124,7 @@ def write_bundle(folder: Path) -> Tiny:
         ]
     archive = folder / "params.irpa"
     manifest = b.Manifest(
-        version=1,
+        version=2,
         generator="test",
         source="by hand",
         model=b.ModelInfo(
@@ -144,8 +145,7 @@ def write_bundle(folder: Path) -> Tiny:
             file=archive.name,
             nbytes=archive.stat().st_size,
             sha256=b.file_sha256(archive),
-            layout="planes",
-            layout_version=1,
+            layouts={"f32": b.LayoutInfo(name="planes", version=1)},
             formats={"f32": table.nbytes},
             decode_bytes=table.nbytes,
         ),

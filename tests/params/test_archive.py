@@ -21,6 +21,7 @@ from llmir_iree.params import (
     read_archive_index,
     write_archive,
 )
+from llmir_iree.params.layouts import TILE16, layout_of, unpack_tile16
 from llmir_iree.params.quantize import dequantize
 
 MATRIX_TYPES = [
@@ -42,10 +43,12 @@ def reassemble(path, weight):
     """Join the planes of a matrix into the rows of blocks that they came from, field by field."""
     rows, columns = weight.spec.shape
     blocks = columns // weight.weight_format.block_size
-    fields = [
-        stored_plane(path, key, dtype, shape).reshape(rows, blocks, -1).view(np.uint8).reshape(rows, blocks, -1)
-        for key, (dtype, shape) in weight.planes.items()
-    ]
+    planes = {
+        key.rpartition(".")[2]: stored_plane(path, key, dtype, shape) for key, (dtype, shape) in weight.planes.items()
+    }
+    if layout_of(weight.format) == TILE16:
+        planes = unpack_tile16(weight.format, planes, rows)
+    fields = [plane.reshape(rows, blocks, -1).view(np.uint8).reshape(rows, blocks, -1) for plane in planes.values()]
     return np.concatenate(fields, axis=-1).reshape(rows, -1)
 
 
@@ -130,7 +133,7 @@ def test_iree_reads_the_archive_back(make_gguf, gguf_spec, weights, all_specs, t
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 31, 33])
 def test_chunks_join_seamlessly(rows, make_folder, weights, monkeypatch, tmp_path):
     table = np.random.default_rng(rows).standard_normal((rows, 64)).astype(np.float32)
-    monkeypatch.setattr("llmir_iree.params.archive._CHUNK_VALUES", 64 * 8)
+    monkeypatch.setattr("llmir_iree.params.archive._CHUNK_VALUES", 64 * 16)
     with open_checkpoint(make_folder({"w": table})) as checkpoint:
         for quant, name in (("keep", "f32"), ("q4_0", "q4_0")):
             plan = plan_weights(checkpoint, [WeightSpec("w", table.shape, "linear")], quant)

@@ -12,6 +12,7 @@ import torch
 from iree.turbine import aot
 
 from llmir_iree.compile import compile_mlir
+from llmir_iree.plugins.lowering import Preference
 from llmir_iree.plugins.pipeline import lower
 from llmir_iree.targets import resolve_target
 
@@ -21,12 +22,17 @@ Compile = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def compile_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    def compile_for_cpu(module: torch.nn.Module, *examples: Any, dynamic_shapes: Any = None) -> Run:
+    def compile_for_cpu(
+        module: torch.nn.Module,
+        *examples: Any,
+        dynamic_shapes: Any = None,
+        implementations: Preference = "portable",
+    ) -> Run:
         exported = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes, strict=False)
         portable = str(aot.export(exported).mlir_module)
         target = resolve_target("llvm-cpu")
         file: Path = tmp_path_factory.mktemp("compiled") / "module.vmfb"
-        compile_mlir(lower(portable, target.family).text, file, target.flags)
+        compile_mlir(lower(portable, target, implementations).text, file, target.flags)
         loaded = rt.load_vm_flatbuffer_file(str(file), driver="local-sync")
 
         def run(*arguments: torch.Tensor) -> tuple[np.ndarray, ...]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import llmir_iree.export.ops  # noqa: F401  registers the ops
+from llmir_iree.params.errors import CompileError
 from llmir_iree.params.formats import FORMATS, split_planes
+from llmir_iree.params.layouts import TILE16, layout_of, pack_tile16
 
 ROWS = 33  # no multiple of any tile
 
@@ -20,7 +22,22 @@ class Matmul(torch.nn.Module):
         self.format = weight_format
 
     def forward(self, x: Any, planes: list[Any]) -> Any:
-        return torch.ops.llmir.quantized_matmul(x, planes, self.format, ROWS)
+        return torch.ops.llmir.quantized_matmul(x, planes, self.format, layout_of(self.format).name, ROWS)
+
+
+def stored(name: str, packed: np.ndarray) -> list[torch.Tensor]:
+    """The planes of packed rows, ordered as an archive has them."""
+    planes = split_planes(FORMATS[name], packed)
+    if layout_of(name) == TILE16:
+        planes = pack_tile16(name, planes)
+    tensors = []
+    for plane in FORMATS[name].planes:
+        array = np.ascontiguousarray(planes[plane.name])
+        is_bf16 = array.dtype == ml_dtypes.bfloat16
+        tensors.append(
+            torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bf16 else torch.from_numpy(array)
+        )
+    return tensors
 
 
 def make_weights(name: str, columns: int) -> tuple[list[torch.Tensor], np.ndarray]:
@@ -29,19 +46,15 @@ def make_weights(name: str, columns: int) -> tuple[list[torch.Tensor], np.ndarra
     rng = np.random.default_rng(columns)
     if not weight_format.is_quantized:
         weights = rng.standard_normal((ROWS, columns)).astype(weight_format.planes[0].dtype)
-        exact = weights.astype(np.float64)
-        if weights.dtype == ml_dtypes.bfloat16:
-            return [torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)], exact
-        return [torch.from_numpy(weights)], exact
+        return stored(name, weights.view(np.uint8)), weights.astype(np.float64)
     nbytes = columns // weight_format.block_size * weight_format.block_bytes
     packed = rng.integers(0, 256, (ROWS, nbytes), dtype=np.uint8)
     structs = packed.view(weight_format.block_dtype)
     for plane in weight_format.planes:
         if plane.dtype == np.float16:
             structs[plane.name] = rng.standard_normal(structs[plane.name].shape) * 0.1
-    planes = split_planes(weight_format, packed)
     exact = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()]).astype(np.float64)
-    return [torch.from_numpy(np.ascontiguousarray(planes[plane.name])) for plane in weight_format.planes], exact
+    return stored(name, packed), exact
 
 
 def check(run: Any, x: torch.Tensor, planes: list[torch.Tensor], exact: np.ndarray) -> None:
@@ -70,3 +83,12 @@ def test_every_format_with_one_row_and_with_many(compile_for_cpu: Any, name: str
     extreme[0, 0, ::3] *= 1e15
     extreme[0, 0, 1::3] *= 1e-40
     check(one, extreme, planes, exact)
+
+
+def test_a_layout_that_archives_do_not_have_is_refused(compile_for_cpu: Any) -> None:
+    class Rows(torch.nn.Module):
+        def forward(self, x: Any, w: Any) -> Any:
+            return torch.ops.llmir.quantized_matmul(x, [w], "f16", "planes", ROWS)
+
+    with pytest.raises(CompileError, match="f16 is read in layout tile16, not planes"):
+        compile_for_cpu(Rows(), torch.randn(1, 1, 32), torch.zeros(ROWS, 32, dtype=torch.float16))

@@ -1,12 +1,13 @@
 """Copies at stream level: one that the compiler has to make is found, and a bundle's modules have none of the cache."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from llmir_iree.bundle import PHASES, Bundle
 from llmir_iree.compile import compile_mlir
+from llmir_iree.plugins.lowering import Preference
 from llmir_iree.plugins.pipeline import lower
 from llmir_iree.targets import resolve_target
 from llmir_iree.tracing.stream_copies import find_copies
@@ -41,9 +42,10 @@ def test_finds_a_copy_of_a_whole_argument(tmp_path: Path) -> None:
     assert 128 in [copy.nbytes for copy in copies]
 
 
+@pytest.mark.parametrize("implementations", get_args(Preference))
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_bundle_copies_no_cache(smollm2_bundle: Bundle, phase: Any, tmp_path: Path) -> None:
+def test_a_bundle_copies_no_cache(smollm2_bundle: Bundle, phase: Any, implementations: Any, tmp_path: Path) -> None:
     portable = smollm2_bundle.path(smollm2_bundle.manifest.portable[phase].file).read_text()
-    text = stream_ir(lower(portable, "llvm-cpu").text, tmp_path)
+    text = stream_ir(lower(portable, resolve_target("llvm-cpu"), implementations).text, tmp_path)
     assert "tensor<?x30x2x3x32x64xf16>" in text
     assert [copy for copy in find_copies(text) if copy.whole_argument] == []

@@ -11,30 +11,28 @@ from llmir_iree.export.dequantize import dequantize
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.params.layouts import pack_tile16
 from llmir_iree.plugins.calls import LlmirCall, TensorType
+from llmir_iree.plugins.kernels import build, definitions
+from llmir_iree.plugins.kernels import objects as objects_module
 from llmir_iree.plugins.kernels.definitions import accepts_quantized_matmul, quantized_matmul
-from llmir_iree.plugins.kernels.executables import read_executable_target
+from llmir_iree.targets import resolve_target
 
-FLAGS = (
-    "--iree-hal-target-device=local",
-    "--iree-hal-local-target-device-backends=llvm-cpu",
-    "--iree-llvmcpu-target-cpu=host",
-)
+TARGET = resolve_target("llvm-cpu")
 
 
-def matmul_call(weight_format, tiles, columns, depth, seq):
+def matmul_call(weight_format, tiles, columns, depth, seq, layout="tile16"):
     planes = tuple(TensorType(plane.shape, "f16" if plane.dtype == np.float16 else "i8") for plane in tiles.values())
-    constants = (("format", weight_format), ("out_features", columns))
+    constants = (("format", weight_format), ("layout", layout), ("out_features", columns))
     y = TensorType((2, seq, columns), "f32")
     return LlmirCall("quantized_matmul", (TensorType((2, seq, depth), "f32"), *planes), (y,), constants)
 
 
-def module_of(call, target):
+def module_of(call):
     """A module whose function `main` takes x and the planes of one call."""
-    definitions = quantized_matmul(call, target)
+    functions = quantized_matmul(call, TARGET)
     names = [f"%argument{index}" for index in range(len(call.operands))]
     arguments = ", ".join(f"{name}: {operand}" for name, operand in zip(names, call.operands, strict=True))
     operands = ", ".join(map(str, call.operands))
-    return "\n".join(definitions.values()) + (
+    return "\n".join(functions.values()) + (
         f"\nutil.func public @main({arguments}) -> {call.results[0]} {{\n"
         f"  %y = util.call @{call.symbol}({', '.join(names)}) : ({operands}) -> {call.results[0]}\n"
         f"  util.return %y : {call.results[0]}\n}}"
@@ -42,7 +40,7 @@ def module_of(call, target):
 
 
 @pytest.mark.parametrize("weight_format", ["q4_0", "q4_1", "q8_0", "q6_k"])
-def test_compiled_module_multiplies(objects, weight_format):
+def test_compiled_module_multiplies(objects, weight_format, monkeypatch):
     columns, depth = 41, 512
     rng = np.random.default_rng(0)
     shapes = FORMATS[weight_format].plane_shapes(columns, depth)
@@ -55,12 +53,13 @@ def test_compiled_module_multiplies(objects, weight_format):
             planes[plane.name] = rng.integers(0, 256, shape, np.uint8).view(plane.dtype)
     tiles = pack_tile16(weight_format, planes)
     call = matmul_call(weight_format, tiles, columns, depth, None)
-    assert accepts_quantized_matmul(call)
-    text = module_of(call, read_executable_target(FLAGS))
+    assert accepts_quantized_matmul(call, TARGET)
+    monkeypatch.setattr(objects_module, "PACKAGED", objects.parent)
+    monkeypatch.setattr(definitions, "choose_variant", lambda *_: build.VARIANTS[objects.name])
+    text = module_of(call)
     with ir.Context(), ir.Location.unknown():
         ir.Module.parse(text).operation.verify()
-    search = f"--iree-hal-executable-object-search-path={objects}"
-    binary = compile_str(text, input_type="none", extra_args=[*FLAGS, search])
+    binary = compile_str(text, input_type="none", extra_args=TARGET.flags)
     config = runtime.Config("local-sync")
     instance = runtime.VmModule.copy_buffer(config.vm_instance, binary)
     module = runtime.load_vm_module(instance, config)
@@ -76,4 +75,5 @@ def test_compiled_module_multiplies(objects, weight_format):
 
 def test_only_tiles_are_accepted():
     planes = {name: np.zeros(shape, np.float16) for name, shape in FORMATS["q4_0"].plane_shapes(32, 64).items()}
-    assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1))
+    assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1), TARGET)
+    assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1, layout="planes"), TARGET)

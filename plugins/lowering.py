@@ -1,0 +1,49 @@
+"""One lowering: what a module is lowered for, and what was chosen on the way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
+
+from llmir_iree.params.errors import CompileError
+
+Preference = Literal["best", "portable"]
+"""Which implementations the seam may choose: whatever serves best, or only those that run everywhere."""
+
+
+class Target(Protocol):
+    """What a module is compiled for; `llmir_iree.targets.Target` is one."""
+
+    @property
+    def name(self) -> str:
+        """As a user writes it."""
+
+    @property
+    def family(self) -> str:
+        """The kind of target, e.g. "llvm-cpu"."""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """All flags that iree-compile will be given."""
+
+
+@dataclass
+class Lowering:
+    """The target and the preference that passes decide by.
+
+    `implementations` fills as ops are lowered: of every op, how many calls each implementation stands in for.
+    """
+
+    target: Target
+    preference: Preference = "best"
+    implementations: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.preference not in get_args(Preference):
+            known = ", ".join(get_args(Preference))
+            raise CompileError(f"unknown implementations {self.preference!r}; known: {known}")
+
+    def record(self, op: str, implementation: str) -> None:
+        """Count a call that an implementation stands in for."""
+        self.implementations.setdefault(op, Counter())[implementation] += 1

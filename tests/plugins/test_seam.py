@@ -1,0 +1,69 @@
+"""What the seam chooses, and that a lowering says so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from iree.turbine import aot
+
+import llmir_iree.export.ops  # noqa: F401  registers the ops
+from llmir_iree.compile import compile_mlir
+from llmir_iree.params.errors import CompileError
+from llmir_iree.plugins.pipeline import lower
+from llmir_iree.targets import resolve_target
+
+
+class Siblings(torch.nn.Module):
+    """Two matmuls of one x, with weights of different height."""
+
+    def forward(self, x: torch.Tensor, d: torch.Tensor, qs: torch.Tensor, d2: torch.Tensor, qs2: torch.Tensor):
+        matmul = torch.ops.llmir.quantized_matmul
+        return matmul(x, [d, qs], "q8_0", "tile16", 40), matmul(x, [d2, qs2], "q8_0", "tile16", 16)
+
+
+@pytest.fixture(scope="module")
+def siblings() -> str:
+    planes = [
+        plane
+        for tiles in (3, 1)
+        for plane in (
+            torch.zeros(tiles, 2, 16, dtype=torch.float16),
+            torch.zeros(tiles, 2, 8, 16, 4, dtype=torch.int8),
+        )
+    ]
+    return str(aot.export(torch.export.export(Siblings(), (torch.zeros(1, 3, 64), *planes))).mlir_module)
+
+
+@pytest.mark.parametrize(
+    ("target", "preference", "chosen"),
+    [
+        ("llvm-cpu:znver4", "best", "cpu-kernels"),
+        ("llvm-cpu:generic", "best", "cpu-kernels"),
+        ("llvm-cpu:znver4", "portable", "portable-fused"),
+        ("cuda", "best", "portable-fused"),
+        ("vulkan", "best", "portable"),
+    ],
+)
+def test_the_best_that_serves_is_chosen(siblings: str, target: str, preference: str, chosen: str) -> None:
+    lowered = lower(siblings, resolve_target(target), preference)
+    assert lowered.implementations == {"quantized_matmul": {chosen: 2}}
+
+
+def test_siblings_share_the_executables_of_their_kernels(siblings: str) -> None:
+    text = lower(siblings, resolve_target("llvm-cpu:znver4")).text
+    assert text.count("hal.executable private") == 2
+    assert text.count("x86_64-avx512vnni/quantized_matmul.o") == 1
+
+
+def test_siblings_share_the_quantisation_of_their_input(siblings: str, tmp_path: Path) -> None:
+    target = resolve_target("llvm-cpu")
+    output = tmp_path / "stream.mlir"
+    compile_mlir(lower(siblings, target).text, output, (*target.flags, "--compile-to=stream"))
+    dispatches = re.findall(r"stream.cmd.dispatch @(\w+)_executable", output.read_text())
+    assert sorted(dispatches) == ["llmir_quantize_activations", *["llmir_quantized_matmul_q8_0"] * 2]
+
+
+def test_an_unknown_preference_is_refused(siblings: str) -> None:
+    with pytest.raises(CompileError, match="unknown implementations 'fastest'; known: best, portable"):
+        lower(siblings, resolve_target("llvm-cpu"), "fastest")
