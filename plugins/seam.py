@@ -44,11 +44,23 @@ def _portable(
     )
 
 
+def _kernel(
+    emit: Callable[[LlmirCall, Target], dict[str, str]], accepts: Callable[[LlmirCall, Target], bool]
+) -> Implementation:
+    return Implementation("cpu-kernels", emit, accepts, is_portable=False)
+
+
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "append_kv": (_portable("portable", portable.append_kv),),
-    "paged_attention": (_portable("portable", portable.paged_attention),),
+    "append_kv": (
+        _kernel(kernels.append_kv, kernels.accepts_append_kv),
+        _portable("portable", portable.append_kv),
+    ),
+    "paged_attention": (
+        _kernel(kernels.paged_attention, kernels.accepts_paged_attention),
+        _portable("portable", portable.paged_attention),
+    ),
     "quantized_matmul": (
-        Implementation("cpu-kernels", kernels.quantized_matmul, kernels.accepts_quantized_matmul, is_portable=False),
+        _kernel(kernels.quantized_matmul, kernels.accepts_quantized_matmul),
         # SPIR-V targets cannot legalise the fused form: its vectorised indices want workgroup memory of type index.
         _portable(
             "portable-fused",

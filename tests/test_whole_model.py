@@ -78,9 +78,17 @@ def session(implementations: str, request: pytest.FixtureRequest) -> Session:
 def test_the_bundles_have_the_implementations_that_the_tests_name(
     smollm2_bundle: Bundle, smollm2_portable_bundle: Bundle
 ) -> None:
-    expected = {smollm2_bundle: {"cpu-kernels": 2 * 211}, smollm2_portable_bundle: {"portable-fused": 2 * 211}}
-    for bundle, matmuls in expected.items():
-        assert bundle.target("llvm-cpu").modules["decode"].implementations["quantized_matmul"] == matmuls
+    matmuls, layers = 2 * 211, 2 * 30
+    expected = {
+        smollm2_bundle: ("cpu-kernels", "cpu-kernels"),
+        smollm2_portable_bundle: ("portable-fused", "portable"),
+    }
+    for bundle, (matmul, attention) in expected.items():
+        assert bundle.target("llvm-cpu").modules["decode"].implementations == {
+            "quantized_matmul": {matmul: matmuls},
+            "append_kv": {attention: layers},
+            "paged_attention": {attention: layers},
+        }
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,14 @@ class Kernel:
     """The signature of a C function, as the comment above it lists it.
 
     `sizes` are its arguments after the buffers, in order; a `workgroup_x`, `_y` or `_z` among them comes from the
-    dispatch, the others are passed to the dispatch as i32.
+    dispatch, the others are passed to the dispatch as i32. Those that are `floats` are passed as their bits.
     """
 
     name: str
     object: str
     buffers: tuple[Buffer, ...]
     sizes: tuple[str, ...]
+    floats: frozenset[str] = frozenset()
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ def executable(kernel: Kernel, target: str, compiled: Path) -> str:
     bindings = (f"#hal.pipeline.binding<storage_buffer{'' if b.writes else ', ReadOnly'}>" for b in kernel.buffers)
     layout = f"#hal.pipeline.layout<constants = {len(kernel.constants)}, bindings = [{', '.join(bindings)}]>"
     lines = [
-        *(line for ordinal, size in enumerate(kernel.constants) for line in _constant(layout, ordinal, size)),
+        *(line for ordinal, size in enumerate(kernel.constants) for line in _constant(layout, ordinal, size, kernel)),
         *(
             f"%{size} = hal.interface.workgroup.id[{_WORKGROUP[size]}] : index"
             for size in kernel.sizes
@@ -73,7 +74,8 @@ def executable(kernel: Kernel, target: str, compiled: Path) -> str:
         *(line for ordinal, buffer in enumerate(kernel.buffers) for line in _binding(layout, ordinal, buffer)),
     ]
     pointers = [f"%pointer{ordinal}, %offset{ordinal}" for ordinal in range(len(kernel.buffers))]
-    types = [f"memref<{buffer.element}>, index" for buffer in kernel.buffers] + ["index"] * len(kernel.sizes)
+    types = [f"memref<{buffer.element}>, index" for buffer in kernel.buffers]
+    types += ["f32" if size in kernel.floats else "index" for size in kernel.sizes]
     text = (files(__package__) / "executable.mlir").read_text(encoding="utf-8")
     return Template(text).substitute(
         kernel=kernel.name,
@@ -112,10 +114,13 @@ def read_processor(target: str) -> tuple[str, frozenset[str]]:
     return architecture[1] if architecture else "", features
 
 
-def _constant(layout: str, ordinal: int, size: str) -> tuple[str, ...]:
+def _constant(layout: str, ordinal: int, size: str, kernel: Kernel) -> tuple[str, ...]:
+    is_float = size in kernel.floats
     return (
         f"%{size}_i32 = hal.interface.constant.load layout({layout}) ordinal({ordinal}) : i32",
-        f"%{size} = arith.index_castui %{size}_i32 : i32 to index",
+        f"%{size} = arith.bitcast %{size}_i32 : i32 to f32"
+        if is_float
+        else f"%{size} = arith.index_castui %{size}_i32 : i32 to index",
     )
 
 

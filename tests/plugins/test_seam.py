@@ -10,7 +10,10 @@ from iree.turbine import aot
 import llmir_iree.export.ops  # noqa: F401  registers the ops
 from llmir_iree.compile import compile_mlir
 from llmir_iree.params.errors import CompileError
+from llmir_iree.plugins.calls import LlmirCall, TensorType
+from llmir_iree.plugins.lowering import Lowering
 from llmir_iree.plugins.pipeline import lower
+from llmir_iree.plugins.seam import choose
 from llmir_iree.targets import resolve_target
 
 
@@ -48,6 +51,19 @@ def siblings() -> str:
 def test_the_best_that_serves_is_chosen(siblings: str, target: str, preference: str, chosen: str) -> None:
     lowered = lower(siblings, resolve_target(target), preference)
     assert lowered.implementations == {"quantized_matmul": {chosen: 2}}
+
+
+@pytest.mark.parametrize(
+    ("cache", "head_dim", "chosen"), [("f16", 256, True), ("bf16", 64, False), ("f32", 64, False), ("f16", 257, False)]
+)
+def test_kernels_attend_over_a_float16_cache_with_heads_up_to_256(cache: str, head_dim: int, chosen: bool) -> None:
+    tokens, pages = (1, None, 4, head_dim), (None, 2, 2, 4, 8, head_dim)
+    types = (TensorType(tokens, "f32"), TensorType(pages, cache), TensorType((1, None), "i32"))
+    constants = (("layer", 0), ("scale", 1.0), ("window", 0), ("softcap", 0.0))
+    call = LlmirCall("paged_attention", (*types, types[2]), types[:2], constants)
+    implementation = choose(call, Lowering(resolve_target("llvm-cpu:znver4")))
+    assert implementation.name == ("cpu-kernels" if chosen else "portable")
+    assert choose(call, Lowering(resolve_target("cuda"))).name == "portable"
 
 
 def test_siblings_share_the_executables_of_their_kernels(siblings: str) -> None:

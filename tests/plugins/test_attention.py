@@ -1,12 +1,13 @@
-"""The portable `append_kv` and `paged_attention`, compiled, against the ops' eager definitions."""
+"""`append_kv` and `paged_attention`, portable and with kernels, compiled, against the ops' eager definitions."""
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 import llmir_iree.export.ops  # noqa: F401  registers the ops
+from llmir_iree.plugins.lowering import Preference
 
 PAGE_SIZE, LAYERS, KV_HEADS, HEADS, HEAD_DIM = 8, 3, 2, 6, 16
 LAYER = 1
@@ -42,8 +43,13 @@ def inputs(starts: list[int], lengths: list[int], pages: int = 16, dtype: Any = 
     return [query, key, value, cache, page_table, positions]
 
 
+@pytest.fixture(scope="module", params=get_args(Preference))
+def implementations(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def compiled(compile_for_cpu: Any) -> Any:
+def compiled(compile_for_cpu: Any, implementations: str) -> Any:
     """Compiled modules by batch size and options; sequence, table and pages are dynamic."""
     modules: dict[Any, Any] = {}
 
@@ -56,6 +62,7 @@ def compiled(compile_for_cpu: Any) -> Any:
                 AppendAndAttend(window, softcap),
                 *inputs([0] * batch, [5] * batch, dtype=dtype),
                 dynamic_shapes=(rows, rows, rows, {0: pages}, {1: table}, rows),
+                implementations=implementations,
             )
         return modules[key]
 
@@ -92,9 +99,9 @@ def test_a_large_cache_with_a_short_table(compiled: Any) -> None:
     check(compiled(1), inputs([3], [4], pages=301))
 
 
-def test_static_sizes_are_another_specialisation(compile_for_cpu: Any) -> None:
+def test_static_sizes_are_another_specialisation(compile_for_cpu: Any, implementations: str) -> None:
     arguments = inputs([3], [9])
-    check(compile_for_cpu(AppendAndAttend(), *arguments), arguments)
+    check(compile_for_cpu(AppendAndAttend(), *arguments, implementations=implementations), arguments)
 
 
 @pytest.mark.parametrize("padding", [0, 5])
