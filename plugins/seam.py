@@ -41,7 +41,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
             "portable-fused",
             portable.quantized_matmul_fused,
             targets=frozenset({"llvm-cpu", "cuda", "rocm"}),
-            accepts=portable.has_few_rows,
+            accepts=portable.gains_from_fusion,
         ),
         Implementation("portable", portable.quantized_matmul),
     ),
