@@ -112,7 +112,7 @@ def quantized_matmul(call: LlmirCall) -> dict[str, str]:
 
 
 def quantized_matmul_fused(call: LlmirCall) -> dict[str, str]:
-    """Definition of `quantized_matmul` that dequantises as it multiplies, for calls that `gains_from_fusion` accepts."""
+    """Definition of `quantized_matmul` that dequantises as it multiplies; for what `gains_from_fusion` accepts."""
     return _quantized_matmul(call, "quantized_matmul_fused")
 
 
