@@ -1,7 +1,8 @@
 """What the planes of a weight format mean, written in torch.
 
 This is the reference that every kernel is held to. It is also traced: a quantised embedding is a lookup of planes, and
-then this. So it keeps to operations that both torch and IREE know: no views of bytes as other types.
+then this. So it keeps to operations that both torch and IREE know: no views of bytes as other types, and no `>>` by a
+tensor.
 
 Source of the formulas: dequantize_row_* in ggml-quants.c of llama.cpp.
 """
@@ -113,7 +114,7 @@ def _q5_k(d: Tensor, dmin: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Te
     scale, minimum = _k_scales(d, dmin, scales)
     low = _nibbles(qs.unflatten(-1, (4, 32))).flatten(-3, -2).to(torch.int32)
     group = torch.arange(8, dtype=torch.int32)[:, None]
-    high = (qh.to(torch.int32)[..., None, :] >> group) & 1
+    high = torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], group) & 1
     return (low + high * 16).float() * scale[..., None] - minimum[..., None]
 
 
@@ -122,7 +123,7 @@ def _q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
     # nibble r / 2, and its high 2 bits from qh, bits 2 r.
     low = _nibbles(ql.unflatten(-1, (2, 64))).unflatten(-1, (2, 32)).flatten(-3, -2).to(torch.int32)
     run = torch.arange(4, dtype=torch.int32)[:, None]
-    high = (qh.unflatten(-1, (2, 32)).to(torch.int32)[..., None, :] >> (2 * run)) & 3
+    high = torch.bitwise_right_shift(qh.unflatten(-1, (2, 32)).to(torch.int32)[..., None, :], 2 * run) & 3
     quants: Tensor = (low + high * 16 - 32).float().flatten(-3).unflatten(-1, (16, 16))
     return quants * scales.float()[..., None] * d.float()[..., None, None]
 
@@ -171,7 +172,7 @@ def _tile_q8_0(d: Tensor, qs: Tensor) -> Tensor:
 
 def _tile_q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
     step = torch.arange(4, dtype=torch.int32)[:, None]
-    high = ((qh.to(torch.int32)[..., None, :] >> (2 * step)) & 3).flatten(-3)
+    high = (torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], 2 * step) & 3).flatten(-3)
     quants: Tensor = (_tile_nibbles(ql).to(torch.int32) + high * 16 - 32).float()
     # Dimensions: block, 16 runs of 16 columns with a scale each.
     scaled = quants.flatten(-2).unflatten(-1, (-1, 16, 16)) * scales.float().unflatten(-1, (-1, 16))[..., None]

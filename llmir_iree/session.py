@@ -19,7 +19,7 @@ import numpy.typing as npt
 from llmir_iree.bundle import CACHE_ITEM_BYTES, PARAMETER_SCOPE, PHASES, Bundle, CacheDtype, Phase
 from llmir_iree.machine import available_memory
 from llmir_iree.pages import PADDING_PAGE, PagePool, Sequence
-from llmir_iree.params.errors import BundleError, RequestError, TargetError
+from llmir_iree.params.errors import BundleError, LlmirError, RequestError, TargetError
 
 IntArray = npt.NDArray[np.int32]
 
@@ -42,10 +42,13 @@ _MAPPED_USAGE = _USAGE | int(rt.BufferUsage.MAPPING)
 _MIN_SEQ = 2
 _MIN_TABLE = 2
 
-# An estimate of what a call needs beside weights and cache: the interpreter with its libraries, and, for a prompt of up
-# to so many tokens, a few f32 activations of the hidden size and of the (usually 4 times larger) inner size.
-_BASE_BYTES = 128 << 20
-_ESTIMATE_TOKENS = 1024
+PREFILL_TOKENS = 512
+"""Most tokens of a prompt that one call takes; a longer prompt runs in pieces."""
+
+# An estimate of what a call needs beside weights and cache: the interpreter with its libraries, some dequantised
+# matrices, and for every token of a piece a few f32 activations of the hidden size and of the (usually 4 times larger)
+# inner size, and the scores of all heads against a whole sequence.
+_BASE_BYTES = 200 << 20
 _ESTIMATE_HIDDENS = 16
 
 # What IREE's bindings raise for a failed status.
@@ -201,13 +204,22 @@ class Session:
         self.load_seconds = time.perf_counter() - start
 
     def prefill(self, rows: Rows[Row]) -> list[RowResult]:
-        """Run the new tokens of each row, one call a row: prompts differ in length, and padding costs what tokens cost.
+        """Run the new tokens of each row, one row after another: prompts differ in length, and padding costs time.
+
+        A long prompt runs in pieces of PREFILL_TOKENS, which bounds the scores that a call holds in memory.
 
         Raises:
             RequestError: out of pages, or a sequence would grow beyond `max_seq_len`.
         """
         batch_size = self.bundle.manifest.batch_sizes("prefill")[0]
-        return [self._step("prefill", batch_size, [row])[0] for row in rows]
+        results = []
+        for row in rows:
+            self._reserve(row.sequence, len(row.sequence) + len(row.tokens))
+            for start in range(0, len(row.tokens), PREFILL_TOKENS):
+                piece = Row(row.sequence, row.tokens[start : start + PREFILL_TOKENS])
+                [result] = self._step("prefill", batch_size, [piece])
+            results.append(result)
+        return results
 
     def decode(self, rows: Rows[Row]) -> list[RowResult]:
         """Run one new token of each row, in as few calls as the exported batch sizes allow; unused rows idle.
@@ -223,13 +235,16 @@ class Session:
             results += self._step("decode", batch_size, waiting[:batch_size])
         return results
 
+    def _reserve(self, sequence: Sequence, length: int) -> None:
+        if length > self.max_seq_len:
+            raise RequestError(f"{length} tokens do not fit a sequence; max_seq_len is {self.max_seq_len}")
+        sequence.reserve(length)
+
     def _step(self, phase: Phase, batch_size: int, rows: Rows[Row]) -> list[RowResult]:
         """One call for at most `batch_size` rows."""
         lengths_after = [len(row.sequence) + len(row.tokens) for row in rows]
         for row, length in zip(rows, lengths_after, strict=True):
-            if length > self.max_seq_len:
-                raise RequestError(f"{length} tokens do not fit a sequence; max_seq_len is {self.max_seq_len}")
-            row.sequence.reserve(length)
+            self._reserve(row.sequence, length)
 
         # No wider than needed, however many pages are reserved: a module may look at every entry of its table.
         entries = max(_MIN_TABLE, self.pool.pages_for(max(lengths_after)))
@@ -285,7 +300,10 @@ class Session:
             arguments.push_ref(self._upload(array))
         arguments.push_ref(self._cache)
         results = rt.VmVariantList(3)
-        self._context.invoke(function, arguments, results)
+        try:
+            self._context.invoke(function, arguments, results)
+        except _IREE_ERRORS as error:
+            raise LlmirError(f"{phase} for batch size {batch_size} failed: {_first_line(error)}") from None
         logits, next_token, cache = (results.get_as_object(index, rt.HalBufferView) for index in range(3))
         # A view of the same buffer, as the modules update it in place.
         self._cache = cache
@@ -323,7 +341,9 @@ class Session:
 
     def _plan_memory(self) -> MemoryPlan:
         manifest = self.bundle.manifest
-        activations = min(self.max_seq_len, _ESTIMATE_TOKENS) * manifest.model.hidden_size * _ESTIMATE_HIDDENS
+        model = manifest.model
+        token = model.hidden_size * _ESTIMATE_HIDDENS + 2 * model.heads * self.max_seq_len
+        activations = min(self.max_seq_len, PREFILL_TOKENS) * token
         logits = max(manifest.batch_sizes("decode")) * manifest.model.vocab_size
         return MemoryPlan(
             weights=manifest.parameters.nbytes,

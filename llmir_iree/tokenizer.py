@@ -58,7 +58,7 @@ class Tokenizer:
         folder = Path(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise BundleError(f"{file}: missing; export the bundle again")
+            raise BundleError(f"{file}: missing; export the bundle again, with --tokenizer FOLDER")
         try:
             model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # The library raises nothing narrower.

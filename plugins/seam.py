@@ -65,7 +65,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         _portable(
             "portable-fused",
             portable.quantized_matmul_fused,
-            portable.has_few_rows,
+            portable.gains_from_fusion,
             families=frozenset({"llvm-cpu", "cuda", "rocm"}),
         ),
         _portable("portable", portable.quantized_matmul),

@@ -18,7 +18,7 @@ from llmir_iree.bundle import PARAMETERS_NAME, Bundle
 from llmir_iree.compile import compile_bundle
 from llmir_iree.export.model import load_config
 from llmir_iree.params.checkpoint import open_checkpoint
-from llmir_iree.params.quantize import dequantize
+from llmir_iree.params.quantize import dequantize, quantize
 from llmir_iree.targets import resolve_target
 
 BUNDLE_VARIABLE = "LLMIR_TEST_BUNDLE"
@@ -56,10 +56,13 @@ def smollm2_portable_bundle(smollm2_bundle: Bundle, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[[str], Reference]:
-    """Builds the reference of a checkpoint: token rows [batch, seq] -> logits of every position [batch, seq, vocab]."""
+def reference() -> Callable[..., Reference]:
+    """Builds the reference of a checkpoint: token rows [batch, seq] -> logits of every position [batch, seq, vocab].
 
-    def build(source: str) -> Reference:
+    With `quant`, linear layers are quantised and dequantised first, as `--quant` does.
+    """
+
+    def build(source: str, quant: str | None = None) -> Reference:
         from transformers import AutoModelForCausalLM
 
         with open_checkpoint(source) as checkpoint:
@@ -69,6 +72,10 @@ def reference() -> Callable[[str], Reference]:
                 name: torch.from_numpy(np.array(dequantize(checkpoint.read(name), info.encoding, info.shape)))
                 for name, info in checkpoint.tensors.items()
             }
+        if quant is not None:
+            for name in [name for name in weights if name.endswith(("_proj.weight", "lm_head.weight"))]:
+                shape = tuple(weights[name].shape)
+                weights[name] = torch.from_numpy(dequantize(quantize(weights[name].numpy(), quant), quant, shape))
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert set(missing) <= {"lm_head.weight"}
         assert not unexpected

@@ -218,10 +218,57 @@ def test_every_architecture_equals_transformers(
     )
     rng = np.random.default_rng(0)
     texts = rng.integers(0, 96, (2, 40))
+    compare(bundle, texts, reference(source)(texts.tolist()))
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0"])
+def test_a_quantised_export_equals_transformers_on_the_same_weights(
+    quant: str, tiny_checkpoint: Callable[..., Path], reference: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = str(tiny_checkpoint("llama"))
+    target = resolve_target("llvm-cpu")
+    bundle = build_bundle(
+        BuildOptions(
+            source,
+            tmp_path / "bundle",
+            quant=quant,
+            batch_sizes=(2,),
+            page_size=16,
+            cache_dtype="f32",
+            targets=(target,),
+            implementations="portable",
+        )
+    )
+    assert bundle.manifest.parameters.formats == {"f32": 1, quant: 15}
+    texts = np.random.default_rng(0).integers(0, 96, (2, 40))
+    compare(bundle, texts, reference(source, quant)(texts.tolist()))
+
+
+@pytest.mark.parametrize(("cache_dtype", "bits"), [("f16", 10), ("bf16", 7)])
+def test_a_cache_of_fewer_bits_costs_their_precision(
+    cache_dtype: Any,
+    bits: int,
+    tiny_checkpoint: Callable[..., Path],
+    reference: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    source = str(tiny_checkpoint("llama"))
+    target = resolve_target("llvm-cpu")
+    bundle = build_bundle(
+        BuildOptions(source, tmp_path / "bundle", batch_sizes=(2,), cache_dtype=cache_dtype, targets=(target,))
+    )
+    texts = np.random.default_rng(0).integers(0, 96, (2, 40))
     expected = reference(source)(texts.tolist())
+    compare(bundle, texts, expected, tolerance=float(np.abs(expected).max()) * 2.0 ** (1 - bits))
+
+
+def compare(
+    bundle: Bundle, texts: npt.NDArray[Any], expected: npt.NDArray[np.float32], tolerance: float = 1e-3
+) -> None:
+    """A prefill of 33 tokens and decodes of the others, against the logits [batch, seq, vocab] that are expected."""
     rows = Rows(Session(bundle, pages=16), 2)
     got = rows.step("prefill", texts[:, :33].tolist())
-    np.testing.assert_allclose(got, expected[:, 32], rtol=1e-3, atol=1e-3)
-    for position in range(33, 40):
+    np.testing.assert_allclose(got, expected[:, 32], rtol=1e-3, atol=tolerance)
+    for position in range(33, texts.shape[1]):
         got = rows.step("decode", texts[:, position : position + 1].tolist())
-        np.testing.assert_allclose(got, expected[:, position], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(got, expected[:, position], rtol=1e-3, atol=tolerance)

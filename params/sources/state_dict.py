@@ -136,7 +136,8 @@ def _find_config(path: Path, given: Path | None, inner: Any) -> dict[str, Any]:
     if isinstance(inner, dict):
         return check_config(inner, f'"config" inside {path}')
     raise SourceError(
-        f'{path} has no config: pass a config file, put config.json beside it, or save it under "config" inside it'
+        f"{path} has no config: give one (--config FILE), put config.json beside it, or save it under "
+        '"config" inside it'
     )
 
 

@@ -12,8 +12,10 @@ from llmir_iree.plugins.calls import LlmirCall, TensorType, extent
 
 _NO_WINDOW = 2**31 - 1
 
-# With more, the compiler tiles the rows and dequantises anew for every tile.
+# Of several rows the compiler makes tiles, and dequantises anew for every tile: slower than doing it once, beforehand,
+# but it needs no memory for the floats. A large output head is worth that.
 _MOST_FUSED_ROWS = 16
+_LARGE_WEIGHTS = 64 << 20
 
 _BITS = {"bf16": 16, "f16": 16, "f32": 32}
 
@@ -112,14 +114,16 @@ def quantized_matmul(call: LlmirCall) -> dict[str, str]:
 
 
 def quantized_matmul_fused(call: LlmirCall) -> dict[str, str]:
-    """Definition of `quantized_matmul` that dequantises as it multiplies, for calls that `has_few_rows` accepts."""
+    """Definition of `quantized_matmul` that dequantises as it multiplies; for what `gains_from_fusion` accepts."""
     return _quantized_matmul(call, "quantized_matmul_fused")
 
 
-def has_few_rows(call: LlmirCall) -> bool:
-    """Whether the activations are so few rows that a dequantisation inside the contraction is done only once."""
-    batch, seq = call.operands[0].shape[:2]
-    return batch is not None and seq is not None and batch * seq <= _MOST_FUSED_ROWS
+def gains_from_fusion(call: LlmirCall) -> bool:
+    """Whether to dequantise inside the contraction: for one row, and for a few if the weights as floats are large."""
+    (batch, seq, columns), rows = call.operands[0].shape, int(call.constant("out_features"))
+    if batch is None or seq is None or columns is None:
+        return False
+    return batch * seq == 1 or (batch * seq <= _MOST_FUSED_ROWS and 4 * rows * columns > _LARGE_WEIGHTS)
 
 
 def _quantized_matmul(call: LlmirCall, template: str) -> dict[str, str]:

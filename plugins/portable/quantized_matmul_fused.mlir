@@ -1,4 +1,4 @@
-// y[m, n] = sum over k of x[m, k] * w[n, k], for a few rows: one dispatch that dequantises as it multiplies.
+// y[m, n] = sum over k of x[m, k] * w[n, k], in one dispatch that dequantises as it multiplies.
 //
 // The weights are read once and never stored as floats, so that the memory a step needs does not grow with the model.
 util.func private @$name(%x: $x, $plane_arguments) -> $y {

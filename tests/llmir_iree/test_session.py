@@ -173,6 +173,21 @@ def test_the_page_table_is_as_wide_as_the_tokens_need(session: Session, monkeypa
     assert widths == [(1, 2), (1, 2), (1, 3)]
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 8])
+def test_a_long_prompt_runs_in_pieces(
+    session: Session, tiny: Any, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(session_module, "PREFILL_TOKENS", 3)
+    widths = []
+    run: Callable[..., Any] = session.run
+    monkeypatch.setattr(session, "run", lambda *inputs: widths.append(inputs[2].shape[1]) or run(*inputs))
+    prompt = tuple(range(4, 4 + length))
+    (result,) = session.prefill([Row(Sequence(session.pool), prompt)])
+    np.testing.assert_array_equal(result.logits(), tiny.logits(prompt))
+    assert len(widths) == -(-length // 3)
+    assert max(widths) <= 3
+
+
 def test_logits_are_read_only_when_asked_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     to_host = session_module._to_host

@@ -238,5 +238,5 @@ def test_files_that_are_missing_or_broken_are_refused(tiny_copy: Any) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json: not a tokenizer"):
         Tokenizer.load(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(BundleError, match=r"tokenizer\.json: missing; export the bundle again"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json: missing; export the bundle again, with --tokenizer"):
         Tokenizer.load(folder)

@@ -63,7 +63,7 @@ def test_config_inside(key, tensors, weights, tiny_config, tmp_path):
 def test_no_config_names_the_three_places(tensors, tmp_path):
     torch.save(tensors, tmp_path / "model.pt")
     message = refusal(tmp_path / "model.pt")
-    assert "pass a config file, put config.json beside it" in message
+    assert "give one (--config FILE), put config.json beside it" in message
     assert 'save it under "config" inside it' in message
 
 
