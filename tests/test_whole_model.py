@@ -20,7 +20,8 @@ PAGE_EDGES = (31, 32, 33, 64, 65)
 
 # Of the logits, to transformers'. Kernels round activations to 8 bits, which costs most at a few positions of the chat
 # template: the same rounding done in transformers takes the cosine down to 0.985 there, with a median of 0.9996.
-LEAST_COSINE = {"portable": 0.999, "best": 0.99}
+LEAST_COSINE = {"portable": 0.999, "best": 0.98}
+MEDIAN_COSINE = 0.999
 
 
 class Rows:
@@ -62,6 +63,13 @@ def assert_same(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32],
         np.testing.assert_allclose(got, expected, atol=0.02)
     else:
         assert cosine(got, expected).min() >= 0.9995
+
+
+def assert_close(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], implementations: str) -> None:
+    """Logits [positions, vocab] of a session, and of transformers."""
+    similarity = cosine(got, expected)
+    assert similarity.min() >= LEAST_COSINE[implementations]
+    assert np.median(similarity) >= MEDIAN_COSINE
 
 
 @pytest.fixture(scope="module", params=get_args(Preference))
@@ -115,7 +123,7 @@ def test_smollm2_prefill_and_64_decode_steps_equal_transformers(
         tokens.append(int(logits[-1].argmax()))
 
     expected = reference(str(smollm2_gguf))([[*prompt, *tokens[:-1]]])[0, len(prompt) - 1 :]
-    assert cosine(np.stack(logits), expected).min() >= LEAST_COSINE[implementations]
+    assert_close(np.stack(logits), expected, implementations)
     if implementations != "portable":
         return  # the largest logit is another one now and then
     for position, (token, truth) in enumerate(zip(tokens, expected, strict=True)):
@@ -131,9 +139,8 @@ def test_smollm2_prefill_equals_transformers_at_every_position(
     reference: Callable[[str], Any],
 ) -> None:
     expected = reference(str(smollm2_gguf))([prompt])[0]
-    for length in range(1, len(prompt) + 1):
-        got = Rows(session, 1).step("prefill", [prompt[:length]])[0]
-        assert cosine(got, expected[length - 1]) >= LEAST_COSINE[implementations]
+    got = [Rows(session, 1).step("prefill", [prompt[:length]])[0] for length in range(1, len(prompt) + 1)]
+    assert_close(np.stack(got), expected, implementations)
 
 
 @pytest.mark.parametrize("length", PAGE_EDGES)
