@@ -171,7 +171,7 @@ def _tile_q8_0(d: Tensor, qs: Tensor) -> Tensor:
 
 def _tile_q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
     step = torch.arange(4, dtype=torch.int32)[:, None]
-    high = ((qh.to(torch.int32)[..., None, :] >> (2 * step)) & 3).flatten(-3)
+    high = (torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], 2 * step) & 3).flatten(-3)
     quants: Tensor = (_tile_nibbles(ql).to(torch.int32) + high * 16 - 32).float()
     # Dimensions: block, 16 runs of 16 columns with a scale each.
     scaled = quants.flatten(-2).unflatten(-1, (-1, 16, 16)) * scales.float().unflatten(-1, (-1, 16))[..., None]
