@@ -58,7 +58,7 @@ class BuildOptions:
     max_seq_len: int | None = None
     cache_dtype: CacheDtype = "f16"
     targets: tuple[Target, ...] = ()
-    implementations: Preference = "best"
+    implementations: Preference = "portable"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _STDERR_LINES = 12
 
 
 def compile_bundle(
-    bundle: Bundle, target: Target, extra_flags: Sequence[str] = (), implementations: Preference = "best"
+    bundle: Bundle, target: Target, extra_flags: Sequence[str] = (), implementations: Preference = "portable"
 ) -> TargetInfo:
     """Compile prefill and decode for a target, side by side, and enter the modules in the manifest.
 

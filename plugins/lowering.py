@@ -9,7 +9,11 @@ from typing import Literal, Protocol, get_args
 from llmir_iree.params.errors import CompileError
 
 Preference = Literal["best", "portable"]
-"""Which implementations the seam may choose: whatever serves best, or only those that run everywhere."""
+"""Which implementations the seam may choose: the fastest that serve, or only those that run everywhere.
+
+The portable ones are exact but for the order of sums, and the default. The kernels of matmuls round activations to 8
+bits, which costs more of the logits' precision than a default may.
+"""
 
 
 class Target(Protocol):
@@ -36,7 +40,7 @@ class Lowering:
     """
 
     target: Target
-    preference: Preference = "best"
+    preference: Preference = "portable"
     implementations: dict[str, Counter[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class Lowered:
     implementations: dict[str, dict[str, int]]
 
 
-def lower(portable: str, target: Target, preference: Preference = "best") -> Lowered:
+def lower(portable: str, target: Target, preference: Preference = "portable") -> Lowered:
     """Run the pipeline over a portable module.
 
     Args:

@@ -20,7 +20,8 @@ PAGE_EDGES = (31, 32, 33, 64, 65)
 
 # Of the logits, to transformers'. Kernels round activations to 8 bits, which costs most at a few positions of the chat
 # template: the same rounding done in transformers takes the cosine down to 0.985 there, with a median of 0.9996.
-LEAST_COSINE = {"portable": 0.999, "best": 0.99}
+LEAST_COSINE = {"portable": 0.999, "best": 0.98}
+MEDIAN_COSINE = 0.999
 
 
 class Rows:
@@ -64,6 +65,13 @@ def assert_same(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32],
         assert cosine(got, expected).min() >= 0.9995
 
 
+def assert_close(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], implementations: str) -> None:
+    """Logits [positions, vocab] of a session, and of transformers."""
+    similarity = cosine(got, expected)
+    assert similarity.min() >= LEAST_COSINE[implementations]
+    assert np.median(similarity) >= MEDIAN_COSINE
+
+
 @pytest.fixture(scope="module", params=get_args(Preference))
 def implementations(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -71,21 +79,22 @@ def implementations(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def session(implementations: str, request: pytest.FixtureRequest) -> Session:
-    name = "smollm2_portable_bundle" if implementations == "portable" else "smollm2_bundle"
+    name = "smollm2_bundle" if implementations == "portable" else "smollm2_kernels_bundle"
     return Session(request.getfixturevalue(name), max_seq_len=512)
 
 
 def test_the_bundles_have_the_implementations_that_the_tests_name(
-    smollm2_bundle: Bundle, smollm2_portable_bundle: Bundle
+    smollm2_bundle: Bundle, smollm2_kernels_bundle: Bundle
 ) -> None:
-    matmuls, layers = 2 * 211, 2 * 30
+    # Of the portable matmuls those of one row are fused, and the large output head.
+    matmuls, layers = 211, 2 * 30
     expected = {
-        smollm2_bundle: ("cpu-kernels", "cpu-kernels"),
-        smollm2_portable_bundle: ("portable-fused", "portable"),
+        smollm2_bundle: ({"portable-fused": matmuls + 1, "portable": matmuls - 1}, "portable"),
+        smollm2_kernels_bundle: ({"cpu-kernels": 2 * matmuls}, "cpu-kernels"),
     }
     for bundle, (matmul, attention) in expected.items():
         assert bundle.target("llvm-cpu").modules["decode"].implementations == {
-            "quantized_matmul": {matmul: matmuls},
+            "quantized_matmul": matmul,
             "append_kv": {attention: layers},
             "paged_attention": {attention: layers},
         }
@@ -115,7 +124,7 @@ def test_smollm2_prefill_and_64_decode_steps_equal_transformers(
         tokens.append(int(logits[-1].argmax()))
 
     expected = reference(str(smollm2_gguf))([[*prompt, *tokens[:-1]]])[0, len(prompt) - 1 :]
-    assert cosine(np.stack(logits), expected).min() >= LEAST_COSINE[implementations]
+    assert_close(np.stack(logits), expected, implementations)
     if implementations != "portable":
         return  # the largest logit is another one now and then
     for position, (token, truth) in enumerate(zip(tokens, expected, strict=True)):
@@ -131,9 +140,8 @@ def test_smollm2_prefill_equals_transformers_at_every_position(
     reference: Callable[[str], Any],
 ) -> None:
     expected = reference(str(smollm2_gguf))([prompt])[0]
-    for length in range(1, len(prompt) + 1):
-        got = Rows(session, 1).step("prefill", [prompt[:length]])[0]
-        assert cosine(got, expected[length - 1]) >= LEAST_COSINE[implementations]
+    got = [Rows(session, 1).step("prefill", [prompt[:length]])[0] for length in range(1, len(prompt) + 1)]
+    assert_close(np.stack(got), expected, implementations)
 
 
 @pytest.mark.parametrize("length", PAGE_EDGES)
@@ -236,7 +244,6 @@ def test_a_quantised_export_equals_transformers_on_the_same_weights(
             page_size=16,
             cache_dtype="f32",
             targets=(target,),
-            implementations="portable",
         )
     )
     assert bundle.manifest.parameters.formats == {"f32": 1, quant: 15}

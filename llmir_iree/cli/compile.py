@@ -42,8 +42,8 @@ def _list_passes(ctx: click.Context, _param: click.Parameter, value: bool) -> No
 @click.option(
     "--implementations",
     type=click.Choice(get_args(Preference)),
-    default="best",
-    help="Which may stand in for the model's ops: kernels where they exist, or only those that run everywhere.",
+    default="portable",
+    help="What stands in for the model's ops: kernels where they exist (8-bit activations), or what runs everywhere.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")

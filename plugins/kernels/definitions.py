@@ -60,28 +60,27 @@ ATTEND = Kernel(
     floats=frozenset({"scale", "softcap"}),
 )
 
-_ELEMENTS = {"float16": "f16", "uint8": "i8", "int8": "i8"}
+_ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "uint8": "i8", "int8": "i8"}
 
 
 def multiply(weight_format: str) -> Kernel:
-    """The kernel that multiplies activation groups with a format's tiles."""
+    """The kernel that multiplies a format's tiles: with activation groups, or with float32 if weights are plain."""
+    is_quantized = FORMATS[weight_format].is_quantized
     planes = tuple(Buffer(_ELEMENTS[plane.dtype.name]) for plane in FORMATS[weight_format].planes)
     return Kernel(
         f"llmir_quantized_matmul_{weight_format}",
-        "quantized_matmul",
-        (*planes, Buffer("i8"), Buffer("f32", writes=True)),
+        "quantized_matmul" if is_quantized else "plain_matmul",
+        (*planes, Buffer("i8" if is_quantized else "f32"), Buffer("f32", writes=True)),
         ("rows", "columns", "depth", "workgroup_x", "tiles_per_workgroup"),
     )
 
 
 def accepts_quantized_matmul(call: LlmirCall, target: Target) -> bool:
-    """Whether the target is a CPU that kernels are compiled for, and the call's planes are tiles of a block format."""
+    """Whether the target is a CPU that kernels are compiled for, and the call's planes are tiles."""
     weight_format = str(call.constant("format"))
     x, *planes = call.operands
     columns, depth = int(call.constant("out_features")), x.shape[-1]
-    if call.constant("layout") != TILE16.name or len(x.shape) != 3 or depth is None:
-        return False
-    if not has_tile16(weight_format) or not FORMATS[weight_format].is_quantized:
+    if call.constant("layout") != TILE16.name or len(x.shape) != 3 or depth is None or not has_tile16(weight_format):
         return False
     if [plane.shape for plane in planes] != list(tile16_shapes(weight_format, columns, depth).values()):
         return False
@@ -109,8 +108,9 @@ def quantized_matmul(call: LlmirCall, target: Target) -> dict[str, str]:
     tiles_per_workgroup = min(_MAX_TILES, max(2, tiles // _MIN_WORKGROUPS // 2 * 2))
     names = [plane.name for plane in FORMATS[weight_format].planes]
     kernel = multiply(weight_format)
+    is_quantized = FORMATS[weight_format].is_quantized
     definition = _fill(
-        "quantized_matmul",
+        "quantized_matmul" if is_quantized else "plain_matmul",
         name=call.symbol,
         x=x,
         y=call.results[0],
@@ -129,7 +129,8 @@ def quantized_matmul(call: LlmirCall, target: Target) -> dict[str, str]:
         quantize=QUANTIZE.entry,
         multiply=kernel.entry,
     )
-    return {**_executables(target, QUANTIZE, kernel), call.symbol: definition}
+    kernels = (QUANTIZE, kernel) if is_quantized else (kernel,)
+    return {**_executables(target, *kernels), call.symbol: definition}
 
 
 def accepts_append_kv(call: LlmirCall, target: Target) -> bool:

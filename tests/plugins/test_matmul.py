@@ -1,4 +1,4 @@
-"""The portable `quantized_matmul`, compiled, against dequantised weights in float64."""
+"""`quantized_matmul`, portable and with the kernels of plain weights, compiled, against weights in float64."""
 
 from typing import Any
 
@@ -83,6 +83,21 @@ def test_every_format_with_one_row_and_with_many(compile_for_cpu: Any, name: str
     extreme[0, 0, ::3] *= 1e15
     extreme[0, 0, 1::3] *= 1e-40
     check(one, extreme, planes, exact)
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+def test_kernels_of_plain_weights_are_as_exact(compile_for_cpu: Any, name: str) -> None:
+    columns = 33
+    planes, exact = make_weights(name, columns)
+    seq = torch.export.Dim("seq", min=2, max=4096)
+    shapes = ({1: seq}, [None] * len(planes))
+    many = compile_for_cpu(
+        Matmul(name), torch.randn(1, 5, columns), planes, dynamic_shapes=shapes, implementations="best"
+    )
+    for rows in (2, 9, 33):
+        check(many, torch.randn(1, rows, columns), planes, exact)
+    one = compile_for_cpu(Matmul(name), torch.randn(1, 1, columns), planes, implementations="best")
+    check(one, torch.randn(1, 1, columns), planes, exact)
 
 
 def test_a_layout_that_archives_do_not_have_is_refused(compile_for_cpu: Any) -> None:
