@@ -61,13 +61,13 @@ def test_kernels_attend_over_a_float16_cache_with_heads_up_to_256(cache: str, he
     types = (TensorType(tokens, "f32"), TensorType(pages, cache), TensorType((1, None), "i32"))
     constants = (("layer", 0), ("scale", 1.0), ("window", 0), ("softcap", 0.0))
     call = LlmirCall("paged_attention", (*types, types[2]), types[:2], constants)
-    implementation = choose(call, Lowering(resolve_target("llvm-cpu:znver4")))
+    implementation = choose(call, Lowering(resolve_target("llvm-cpu:znver4"), "best"))
     assert implementation.name == ("cpu-kernels" if chosen else "portable")
-    assert choose(call, Lowering(resolve_target("cuda"))).name == "portable"
+    assert choose(call, Lowering(resolve_target("cuda"), "best")).name == "portable"
 
 
 def test_siblings_share_the_executables_of_their_kernels(siblings: str) -> None:
-    text = lower(siblings, resolve_target("llvm-cpu:znver4")).text
+    text = lower(siblings, resolve_target("llvm-cpu:znver4"), "best").text
     assert text.count("hal.executable private") == 2
     assert text.count("x86_64-avx512vnni/quantized_matmul.o") == 1
 
@@ -75,7 +75,7 @@ def test_siblings_share_the_executables_of_their_kernels(siblings: str) -> None:
 def test_siblings_share_the_quantisation_of_their_input(siblings: str, tmp_path: Path) -> None:
     target = resolve_target("llvm-cpu")
     output = tmp_path / "stream.mlir"
-    compile_mlir(lower(siblings, target).text, output, (*target.flags, "--compile-to=stream"))
+    compile_mlir(lower(siblings, target, "best").text, output, (*target.flags, "--compile-to=stream"))
     dispatches = re.findall(r"stream.cmd.dispatch @(\w+)_executable", output.read_text())
     assert sorted(dispatches) == ["llmir_quantize_activations", *["llmir_quantized_matmul_q8_0"] * 2]
 
