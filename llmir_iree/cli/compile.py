@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.options import compile_options
 from llmir_iree.cli.progress import BuildProgress, show_flags
-from llmir_iree.plugins.lowering import Preference
 
 
 def _list_targets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -36,18 +36,9 @@ def _list_passes(ctx: click.Context, _param: click.Parameter, value: bool) -> No
 @click.command(cls=LlmirCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("iree_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- IREE_COMPILE_FLAG...]")
-@click.option("--target", "targets", multiple=True, default=("llvm-cpu",), help="Target to compile for; repeatable.")
 @click.option("--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets)
 @click.option("--list-passes", is_flag=True, is_eager=True, expose_value=False, callback=_list_passes)
-@click.option(
-    "--implementations",
-    type=click.Choice(get_args(Preference)),
-    default="portable",
-    help="What stands in for the model's ops: kernels where they exist (8-bit activations), or what runs everywhere.",
-)
-@click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout.")
+@compile_options
 def main(
     bundle: Path,
     iree_flags: tuple[str, ...],

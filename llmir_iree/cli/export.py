@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.options import compile_options
 from llmir_iree.cli.progress import BuildProgress, show_flags
-from llmir_iree.plugins.lowering import Preference
 
 QUANT_CHOICES = ("keep", "q4_0", "q8_0", "f16", "bf16")
 CACHE_DTYPES = ("f16", "bf16", "f32")
@@ -47,17 +47,8 @@ class IntList(click.ParamType[tuple[int, ...]]):
 @click.option("--page-size", type=click.IntRange(min=1), default=32, help="Tokens a page of the cache holds.")
 @click.option("--max-seq-len", type=int, help="Longest sequence.  [default: the model's, at most 8192]")
 @click.option("--kv-dtype", type=click.Choice(CACHE_DTYPES), default="f16", help="Dtype of the cache.")
-@click.option("--target", "targets", multiple=True, default=("llvm-cpu",), help="Target to compile for; repeatable.")
 @click.option("--no-compile", is_flag=True, help="Write the portable modules only.")
-@click.option(
-    "--implementations",
-    type=click.Choice(get_args(Preference)),
-    default="portable",
-    help="What stands in for the model's ops: kernels where they exist (8-bit activations), or what runs everywhere.",
-)
-@click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout.")
+@compile_options
 def main(
     source: str,
     output: Path,

@@ -1,0 +1,34 @@
+"""Options that llmir-export and llmir-compile share: what to compile for and how, and what to print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, get_args
+
+import click
+
+from llmir_iree.plugins.lowering import Preference
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+_COMPILE_OPTIONS = (
+    click.option(
+        "--target", "targets", multiple=True, default=("llvm-cpu",), help="Target to compile for; repeatable."
+    ),
+    click.option(
+        "--implementations",
+        type=click.Choice(get_args(Preference)),
+        default="portable",
+        help="What stands in for the model's ops: kernels where they exist (8-bit activations), or what runs anywhere.",
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout."),
+)
+
+
+def compile_options(command: Command) -> Command:
+    """Add `targets`, `implementations`, `verbose`, `quiet` and `as_json` to a command."""
+    for option in reversed(_COMPILE_OPTIONS):
+        command = option(command)
+    return command
