@@ -58,7 +58,8 @@ class BuildOptions:
     max_seq_len: int | None = None
     cache_dtype: CacheDtype = "f16"
     targets: tuple[Target, ...] = ()
-    implementations: Preference = "portable"
+    implementations: Preference = "best"
+    passes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def build_bundle(options: BuildOptions, report: Reporter | None = None) -> Bundl
         bundle.save()
         for target in options.targets:
             report.stage(f"compiling for {target.name}")
-            compile_bundle(bundle, target, implementations=options.implementations)
+            compile_bundle(bundle, target, implementations=options.implementations, passes=options.passes)
     return Bundle.open(options.output)
 
 

@@ -22,7 +22,11 @@ _STDERR_LINES = 12
 
 
 def compile_bundle(
-    bundle: Bundle, target: Target, extra_flags: Sequence[str] = (), implementations: Preference = "portable"
+    bundle: Bundle,
+    target: Target,
+    extra_flags: Sequence[str] = (),
+    implementations: Preference = "best",
+    passes: Sequence[str] = (),
 ) -> TargetInfo:
     """Compile prefill and decode for a target, side by side, and enter the modules in the manifest.
 
@@ -31,19 +35,20 @@ def compile_bundle(
         target: what to compile for.
         extra_flags: more flags for iree-compile, after those of the target.
         implementations: which implementations may stand in for the model's ops.
+        passes: which passes of the plugin run, see `llmir_iree.plugins.pipeline.select_passes`.
 
     Returns:
         What the manifest now says of the target.
 
     Raises:
         BundleError: a portable module is missing or was changed.
-        CompileError: iree-compile failed; the message tells how to repeat it.
+        CompileError: iree-compile failed; the message tells how to repeat it. Or a pass that does not exist.
     """
     folder = bundle.path(target.folder)
     folder.mkdir(exist_ok=True)
     flagged = replace(target, flags=(*target.flags, *extra_flags))
     with ThreadPoolExecutor(len(PHASES)) as pool:
-        compiled = pool.map(lambda phase: _compile_phase(bundle, phase, flagged, implementations), PHASES)
+        compiled = pool.map(lambda phase: _compile_phase(bundle, phase, flagged, implementations, passes), PHASES)
         modules = dict(zip(PHASES, compiled, strict=True))
     info = TargetInfo(
         target=target.name,
@@ -85,14 +90,17 @@ def compile_mlir(text: str, output: Path, flags: Iterable[str]) -> None:
     source.unlink(missing_ok=True)
 
 
-def _compile_phase(bundle: Bundle, phase: Phase, target: Target, implementations: Preference) -> ModuleInfo:
+def _compile_phase(
+    bundle: Bundle, phase: Phase, target: Target, implementations: Preference, passes: Sequence[str]
+) -> ModuleInfo:
     from llmir_iree.plugins.pipeline import lower
 
     portable = bundle.manifest.portable[phase]
     source = bundle.path(portable.file)
     if not source.is_file() or file_sha256(source) != portable.sha256:
         raise BundleError(f"{source}: missing, or not the module that the manifest describes; export the bundle again")
-    lowered = lower(source.read_text(encoding="utf-8"), target, implementations)
+    merged = bundle.manifest.parameters.merged
+    lowered = lower(source.read_text(encoding="utf-8"), target, implementations, merged=merged, passes=passes)
     file = f"{target.folder}/{phase}.vmfb"
     compile_mlir(lowered.text, bundle.path(file), target.flags)
     return ModuleInfo(

@@ -1,4 +1,8 @@
-"""The `llmir` ops of a module as typed calls, and how an operation becomes the call of a definition."""
+"""The `llmir` ops of a module as typed calls, and how an operation becomes the call of a definition.
+
+An export has three ops, whose constants are operands. Passes fuse them and what stands between them into more ops of
+the same namespace, whose constants are attributes.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,27 @@ from llmir_iree.params.errors import CompileError
 OPERATOR = "torch.operator"
 PREFIX = "torch.llmir."
 
-# Where each op's constants stand among its operands; the other operands are tensors, or lists of tensors.
-_CONSTANTS: dict[str, dict[int, str]] = {
+Constant = int | float | str
+
+# Where the constants of an export's ops stand among their operands; the others are tensors, or lists of tensors.
+_OPERAND_CONSTANTS: dict[str, dict[int, str]] = {
     "append_kv": {5: "layer"},
     "paged_attention": {4: "layer", 5: "scale", 6: "window", 7: "softcap"},
     "quantized_matmul": {2: "format", 3: "layout", 4: "out_features"},
 }
-OPS = tuple(_CONSTANTS)
+FUSED_OPS = (
+    "quantize_activations",
+    "norm_quantize",
+    "add_norm_quantize",
+    "multiply",
+    "gated_multiply",
+    "rope_append",
+    "rope_attend",
+    "rope_append_attend",
+)
+"""The ops that passes make; the functions in `kernels.definitions` say what each takes and gives."""
+
+OPS = (*_OPERAND_CONSTANTS, *FUSED_OPS)
 
 # torch tells signed from unsigned integers; builtin tensors do not.
 _ELEMENT_TYPES = {"si8": "i8", "ui8": "i8", "si32": "i32", "si64": "i64"}
@@ -60,9 +78,9 @@ class LlmirCall:
     op: str
     operands: tuple[TensorType, ...]
     results: tuple[TensorType, ...]
-    constants: tuple[tuple[str, int | float | str], ...]
+    constants: tuple[tuple[str, Constant], ...]
 
-    def constant(self, name: str) -> int | float | str:
+    def constant(self, name: str) -> Constant:
         """The value of a constant operand."""
         return dict(self.constants)[name]
 
@@ -103,6 +121,11 @@ def find_calls(module: ir.Module) -> Iterator[Site]:
 def is_llmir(operation: ir.Operation) -> bool:
     """Whether an operation is one of the `llmir` ops."""
     return operation.name == OPERATOR and _operator_name(operation).startswith(PREFIX)
+
+
+def op_name(operation: ir.Operation) -> str:
+    """Which `llmir` op an operation is."""
+    return _operator_name(operation).removeprefix(PREFIX)
 
 
 def walk(operation: ir.Operation) -> Iterator[ir.Operation]:
@@ -172,34 +195,44 @@ def _operator_name(operation: ir.Operation) -> str:
 
 
 def _read(operation: ir.Operation) -> Site:
-    op = _operator_name(operation).removeprefix(PREFIX)
-    if op not in _CONSTANTS:
+    op = op_name(operation)
+    if op not in OPS:
         raise CompileError(f"unknown op llmir.{op}; known: {', '.join(OPS)}")
     tensors: list[ir.Value] = []
-    constants: list[tuple[str, int | float | str]] = []
+    named: list[tuple[str, Constant]] = []
     for index, operand in enumerate(operation.operands):
-        name = _CONSTANTS[op].get(index)
+        name = _OPERAND_CONSTANTS.get(op, {}).get(index)
         if name is not None:
-            constants.append((name, _constant(op, name, operand)))
+            value = read_constant(operand)
+            if value is None:
+                raise CompileError(f"llmir.{op}: {name} must be a constant")
+            named.append((name, value))
         elif str(operand.type).startswith("!torch.list"):
             tensors.extend(operand.owner.operands)
         else:
             tensors.append(operand)
+    if op in FUSED_OPS:
+        named += [(name, plain(operation.attributes[name])) for name in sorted(operation.attributes) if name != "name"]
     call = LlmirCall(
         op,
         tuple(TensorType.parse(str(tensor.type)) for tensor in tensors),
         tuple(TensorType.parse(str(result.type)) for result in operation.results),
-        tuple(constants),
+        tuple(named),
     )
     return Site(call, operation, tuple(tensors))
 
 
-def _constant(op: str, name: str, value: ir.Value) -> int | float | str:
+def read_constant(value: ir.Value) -> Constant | None:
+    """What a value is, if an operation makes it from nothing but an attribute."""
     owner = value.owner
-    if not isinstance(owner, (ir.Operation, ir.OpView)) or "value" not in owner.attributes:
-        raise CompileError(f"llmir.{op}: {name} must be a constant")
-    attribute = owner.attributes["value"]
-    if isinstance(attribute, ir.IntegerAttr):
+    if isinstance(owner, ir.Block) or len(owner.operands) or "value" not in owner.attributes:
+        return None
+    return plain(owner.attributes["value"])
+
+
+def plain(attribute: ir.Attribute) -> Constant:
+    """The value of an attribute."""
+    if isinstance(attribute, (ir.IntegerAttr, ir.BoolAttr)):
         return int(attribute.value)
     if isinstance(attribute, ir.FloatAttr):
         return float(attribute.value)

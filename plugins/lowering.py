@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -11,8 +12,7 @@ from llmir_iree.params.errors import CompileError
 Preference = Literal["best", "portable"]
 """Which implementations the seam may choose: the fastest that serve, or only those that run everywhere.
 
-The portable ones are exact but for the order of sums, and the default. The kernels of matmuls round activations to 8
-bits, which costs more of the logits' precision than a default may.
+The portable ones are exact but for the order of sums. The kernels of matmuls round activations to 8 bits.
 """
 
 
@@ -36,11 +36,13 @@ class Target(Protocol):
 class Lowering:
     """The target and the preference that passes decide by.
 
-    `implementations` fills as ops are lowered: of every op, how many calls each implementation stands in for.
+    `merged` are the weights of the archive that span others, with the names of those in order. `implementations` fills
+    as ops are lowered: of every op, how many calls each implementation stands in for.
     """
 
     target: Target
-    preference: Preference = "portable"
+    preference: Preference = "best"
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     implementations: dict[str, Counter[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

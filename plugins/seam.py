@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmir_iree.params.errors import CompileError
-from llmir_iree.plugins.calls import LlmirCall
+from llmir_iree.plugins.calls import FUSED_OPS, LlmirCall
 from llmir_iree.plugins.kernels import definitions as kernels
 from llmir_iree.plugins.lowering import Lowering, Target
 from llmir_iree.plugins.portable import definitions as portable
@@ -70,6 +70,8 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         ),
         _portable("portable", portable.quantized_matmul),
     ),
+    # Passes make these of ops that kernels serve, and of no others.
+    **{op: (_kernel(getattr(kernels, op), lambda _call, _target: True),) for op in FUSED_OPS},
 }
 
 

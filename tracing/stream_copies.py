@@ -50,7 +50,7 @@ def _copies_in(function: ir.Operation) -> Iterator[Copy]:
         return
     name = ir.StringAttr(function.attributes["sym_name"]).value
     imports: dict[str, str] = {}
-    for operation in _walk(function):
+    for operation in walk(function):
         if operation.name == _IMPORT:
             # Equal sizes are one value after CSE.
             imports[_key(_last_operand(operation))] = str(ir.TypeAttr(operation.attributes["result_encoding"]).value)
@@ -59,12 +59,13 @@ def _copies_in(function: ir.Operation) -> Iterator[Copy]:
             yield Copy(name, operation.name, _constant(length), imports.get(_key(length)))
 
 
-def _walk(operation: ir.Operation) -> Iterator[ir.Operation]:
+def walk(operation: ir.Operation) -> Iterator[ir.Operation]:
+    """Every operation inside another one, outer before inner."""
     for region in operation.regions:
         for block in region.blocks:
             for inner in block.operations:
                 yield inner.operation
-                yield from _walk(inner.operation)
+                yield from walk(inner.operation)
 
 
 def _last_operand(operation: ir.Operation) -> ir.Value:

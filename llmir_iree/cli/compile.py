@@ -29,7 +29,7 @@ def _list_passes(ctx: click.Context, _param: click.Parameter, value: bool) -> No
     from llmir_iree.plugins.pipeline import PIPELINE
 
     for step in PIPELINE:
-        click.echo(f"{step.name:20} {step.summary}")
+        click.echo(f"{step.name:28} {step.summary}")
     ctx.exit()
 
 
@@ -44,6 +44,7 @@ def main(
     iree_flags: tuple[str, ...],
     targets: tuple[str, ...],
     implementations: Any,
+    passes: tuple[str, ...],
     verbose: bool,
     quiet: bool,
     as_json: bool,
@@ -51,8 +52,10 @@ def main(
     """Compile the portable modules of BUNDLE; flags after -- go to iree-compile."""
     from llmir_iree.bundle import Bundle
     from llmir_iree.compile import compile_bundle
+    from llmir_iree.plugins.pipeline import select_passes
     from llmir_iree.targets import resolve_target
 
+    select_passes(passes)
     resolved = tuple(resolve_target(name) for name in targets)
     opened = Bundle.open(bundle)
     compiled = []
@@ -60,7 +63,7 @@ def main(
         report = progress.reporter()
         for target in resolved:
             report.stage(f"compiling for {target.name}")
-            compiled.append(compile_bundle(opened, target, iree_flags, implementations))
+            compiled.append(compile_bundle(opened, target, iree_flags, implementations, passes))
     if verbose:
         show_flags(compiled)
     if as_json:

@@ -62,6 +62,7 @@ def main(
     targets: tuple[str, ...],
     no_compile: bool,
     implementations: Any,
+    passes: tuple[str, ...],
     verbose: bool,
     quiet: bool,
     as_json: bool,
@@ -70,8 +71,10 @@ def main(
 
     SOURCE is a .gguf file, a .pt or .pth state dict, a Hugging Face folder, or a hub id such as org/name.
     """
+    from llmir_iree.plugins.pipeline import select_passes
     from llmir_iree.targets import resolve_target
 
+    select_passes(passes)  # Known now, not after minutes.
     resolved = () if no_compile else tuple(resolve_target(name) for name in targets)
     with BuildProgress(quiet=quiet) as progress:
         from llmir_iree.build import BuildOptions, build_bundle
@@ -88,6 +91,7 @@ def main(
             cache_dtype=kv_dtype,
             targets=resolved,
             implementations=implementations,
+            passes=passes,
         )
         bundle = build_bundle(options, progress.reporter())
     if verbose:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 
 from llmir_iree.plugins.lowering import Preference
 
 Command = TypeVar("Command", bound=Callable[..., None])
+
+
+class NameList(click.ParamType[tuple[str, ...]]):
+    """Names, separated by commas."""
+
+    name = "NAME,NAME,..."
+
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> tuple[str, ...]:
+        """Parse the list; an empty one has no names."""
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+
 
 _COMPILE_OPTIONS = (
     click.option(
@@ -18,8 +29,16 @@ _COMPILE_OPTIONS = (
     click.option(
         "--implementations",
         type=click.Choice(get_args(Preference)),
-        default="portable",
+        default="best",
         help="What stands in for the model's ops: kernels where they exist (8-bit activations), or what runs anywhere.",
+    ),
+    click.option(
+        "--passes",
+        type=NameList(),
+        default="",
+        show_default="all",
+        metavar="LIST",
+        help="Passes of the plugin to run, or, with a minus in front of each, not to run; --list-passes names them.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile."),
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
@@ -28,7 +47,7 @@ _COMPILE_OPTIONS = (
 
 
 def compile_options(command: Command) -> Command:
-    """Add `targets`, `implementations`, `verbose`, `quiet` and `as_json` to a command."""
+    """Add `targets`, `implementations`, `passes`, `verbose`, `quiet` and `as_json` to a command."""
     for option in reversed(_COMPILE_OPTIONS):
         command = option(command)
     return command
