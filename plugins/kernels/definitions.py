@@ -6,7 +6,7 @@ from importlib.resources import files
 from string import Template
 
 from llmir_iree.params.formats import FORMATS
-from llmir_iree.params.layouts import GROUP, TILE16, TILE_ROWS, has_tile16, tile16_shapes
+from llmir_iree.params.layouts import GROUP, TILE16, TILE_ROWS, tile16_shapes
 from llmir_iree.plugins.calls import LlmirCall, TensorType, extent
 from llmir_iree.plugins.kernels.build import choose_variant
 from llmir_iree.plugins.kernels.executables import (
@@ -18,6 +18,9 @@ from llmir_iree.plugins.kernels.executables import (
 )
 from llmir_iree.plugins.kernels.objects import find_object
 from llmir_iree.plugins.lowering import Target
+
+# That the kernels of `quantized_matmul` read.
+_FORMATS = ("f16", "bf16", "q4_0", "q4_1", "q8_0", "q6_k")
 
 # Bytes of an activation group, see activations.h.
 _GROUP_BYTES = 40
@@ -80,7 +83,7 @@ def accepts_quantized_matmul(call: LlmirCall, target: Target) -> bool:
     weight_format = str(call.constant("format"))
     x, *planes = call.operands
     columns, depth = int(call.constant("out_features")), x.shape[-1]
-    if call.constant("layout") != TILE16.name or len(x.shape) != 3 or depth is None or not has_tile16(weight_format):
+    if call.constant("layout") != TILE16.name or len(x.shape) != 3 or depth is None or weight_format not in _FORMATS:
         return False
     if [plane.shape for plane in planes] != list(tile16_shapes(weight_format, columns, depth).values()):
         return False
