@@ -113,17 +113,14 @@ def _q4_k(d: Tensor, dmin: Tensor, scales: Tensor, qs: Tensor) -> Tensor:
 def _q5_k(d: Tensor, dmin: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
     scale, minimum = _k_scales(d, dmin, scales)
     low = _nibbles(qs.unflatten(-1, (4, 32))).flatten(-3, -2).to(torch.int32)
-    group = torch.arange(8, dtype=torch.int32)[:, None]
-    high = torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], group) & 1
-    return (low + high * 16).float() * scale[..., None] - minimum[..., None]
+    return (low + _high_bits(qh, 1) * 16).float() * scale[..., None] - minimum[..., None]
 
 
 def _q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
     # A block is two halves of 128 weights; in a half, run r of 32 weights takes its low 4 bits from ql[32 (r % 2) ..],
     # nibble r / 2, and its high 2 bits from qh, bits 2 r.
     low = _nibbles(ql.unflatten(-1, (2, 64))).unflatten(-1, (2, 32)).flatten(-3, -2).to(torch.int32)
-    run = torch.arange(4, dtype=torch.int32)[:, None]
-    high = torch.bitwise_right_shift(qh.unflatten(-1, (2, 32)).to(torch.int32)[..., None, :], 2 * run) & 3
+    high = _high_bits(qh.unflatten(-1, (2, 32)), 2)
     quants: Tensor = (low + high * 16 - 32).float().flatten(-3).unflatten(-1, (16, 16))
     return quants * scales.float()[..., None] * d.float()[..., None, None]
 
@@ -131,6 +128,12 @@ def _q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
 def _nibbles(qs: Tensor) -> Tensor:
     """Low and high nibbles of bytes: uint8 [..., n] -> [..., 2, n]."""
     return torch.stack((qs & 15, qs >> 4), dim=-2)
+
+
+def _high_bits(qh: Tensor, bits: int) -> Tensor:
+    """The codes that bytes share, the lowest bits first: uint8 [..., n] -> int32 [..., 8 / bits, n]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32)[:, None]
+    return torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], shifts) & (2**bits - 1)
 
 
 def _k_scales(d: Tensor, dmin: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,9 +173,23 @@ def _tile_q8_0(d: Tensor, qs: Tensor) -> Tensor:
     return (qs.flatten(-2).float() * d.float()[..., None]).flatten(-2)
 
 
+def _tile_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, qs: Tensor) -> Tensor:
+    return _tile_k(d, dmin, scales, _tile_nibbles(qs))
+
+
+def _tile_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
+    high = _high_bits(qh, 1).flatten(-3)
+    return _tile_k(d, dmin, scales, _tile_nibbles(qs).to(torch.int32) + high * 16)
+
+
+def _tile_k(d: Tensor, dmin: Tensor, scales: Tensor, quants: Tensor) -> Tensor:
+    """Rows from quants [..., groups, 32], and from their blocks' scales and minima, 8 groups to a block."""
+    scale, minimum = (factor.flatten(-2)[..., None] for factor in _k_scales(d, dmin, scales))
+    return (quants.float() * scale - minimum).flatten(-2)
+
+
 def _tile_q6_k(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
-    step = torch.arange(4, dtype=torch.int32)[:, None]
-    high = (torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], 2 * step) & 3).flatten(-3)
+    high = _high_bits(qh, 2).flatten(-3)
     quants: Tensor = (_tile_nibbles(ql).to(torch.int32) + high * 16 - 32).float()
     # Dimensions: block, 16 runs of 16 columns with a scale each.
     scaled = quants.flatten(-2).unflatten(-1, (-1, 16, 16)) * scales.float().unflatten(-1, (-1, 16))[..., None]
@@ -191,5 +208,7 @@ _TILE_ROWS: dict[str, Callable[..., Tensor]] = {
     "q4_0": _tile_q4_0,
     "q4_1": _tile_q4_1,
     "q8_0": _tile_q8_0,
+    "q4_k": _tile_q4_k,
+    "q5_k": _tile_q5_k,
     "q6_k": _tile_q6_k,
 }

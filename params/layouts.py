@@ -11,6 +11,12 @@ With T = ceil(rows / 16) tiles, K columns, and 4 consecutive columns (a *step*) 
     q4_1       d, m, qs as in q4_0
     q8_0       d       [T, K / 32, 16]
                qs      [T, K / 32, 8, 16, 4]: byte (i, row, k) is column 4 i + k
+    q4_k       d, dmin [T, K / 256, 16]
+               scales  [T, K / 256, 12, 16]: the 12 bytes of a block's packed scales and minima, byte after byte
+               qs      [T, K / 32, 4, 16, 4]: as in q4_0
+    q5_k       d, dmin, scales as in q4_k
+               qh      [T, K / 32, 1, 16, 4]: the fifth bit; byte (row, k) holds columns 4 s + k at bit s
+               qs      [T, K / 32, 4, 16, 4]: the low 4 bits, as in q4_0
     q6_k       ql      [T, K / 32, 4, 16, 4]: the low 4 bits, as qs of q4_0
                qh      [T, K / 32, 2, 16, 4]: the high 2 bits; byte (i, row, k) holds columns 16 i + 4 s + k at bit 2 s
                scales  [T, K / 16, 16]
@@ -156,42 +162,32 @@ def _unpack_bits(packed: Array, bits: int) -> Array:
 # Codes of one byte each, [rows, K], from the fields of GGUF's blocks and back.
 
 
-def _codes_from_nibbles(qs: Array) -> Array:
-    """Fields [rows, blocks, 16]: the low nibbles are the first half of a block."""
-    return np.stack((qs & 15, qs >> 4), axis=2).reshape(len(qs), -1)
+def _codes_from_nibbles(fields: Array, run: int) -> Array:
+    """Fields [rows, blocks, n]: of every `run` bytes, the low nibbles come before the high ones."""
+    runs = fields.reshape(len(fields), -1, run)
+    return np.stack((runs & 15, runs >> 4), axis=2).reshape(len(fields), -1)
 
 
-def _nibbles_from_codes(codes: Array) -> Array:
-    halves = codes.reshape(len(codes), -1, 2, 16)
-    packed: Array = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    return packed
+def _nibbles_from_codes(codes: Array, run: int, block_bytes: int) -> Array:
+    runs = codes.reshape(len(codes), -1, 2, run)
+    packed: Array = runs[:, :, 0] | (runs[:, :, 1] << 4)
+    return packed.reshape(len(codes), -1, block_bytes)
 
 
-def _codes_from_ql(ql: Array) -> Array:
-    """Fields [rows, blocks, 128]: two halves of 64 bytes, whose low nibbles come before the high ones."""
-    halves = ql.reshape(*ql.shape[:2], 2, 64)
-    return np.stack((halves & 15, halves >> 4), axis=3).reshape(len(ql), -1)
-
-
-def _ql_from_codes(codes: Array) -> Array:
-    halves = codes.reshape(len(codes), -1, 2, 2, 64)
-    packed: Array = halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)
-    return packed.reshape(len(codes), -1, 128)
-
-
-def _codes_from_qh(qh: Array) -> Array:
-    """Fields [rows, blocks, 64]: two halves of 32 bytes, each four times two bits."""
-    halves = qh.reshape(*qh.shape[:2], 2, 1, 32)
-    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    codes: Array = (halves >> shifts) & 3
+def _codes_from_high_bits(qh: Array, bits: int) -> Array:
+    """Fields [rows, blocks, 32 n]: of every 32 bytes, the lowest bits come first."""
+    runs = qh.reshape(len(qh), -1, 1, 32)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    codes: Array = (runs >> shifts) & np.uint8(2**bits - 1)
     return codes.reshape(len(qh), -1)
 
 
-def _qh_from_codes(codes: Array) -> Array:
-    runs = codes.reshape(len(codes), -1, 2, 4, 32)
-    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    packed: Array = np.bitwise_or.reduce(runs << shifts, axis=3)
-    return packed.reshape(len(codes), -1, 64)
+def _high_bits_from_codes(codes: Array, bits: int) -> Array:
+    """Fields [rows, blocks of 256 codes, 32 bits]."""
+    runs = codes.reshape(len(codes), -1, 8 // bits, 32)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    packed: Array = np.bitwise_or.reduce(runs << shifts, axis=2)
+    return packed.reshape(len(codes), -1, 32 * bits)
 
 
 # Formats.
@@ -207,12 +203,12 @@ def _unpack_plain(planes: Mapping[str, Array]) -> Planes:
 
 def _pack_q4(planes: Mapping[str, Array]) -> Planes:
     scales = {name: _tile(plane) for name, plane in planes.items() if name != "qs"}
-    return {**scales, "qs": _pack_bits(_tile_bytes(_codes_from_nibbles(planes["qs"])), 4)}
+    return {**scales, "qs": _pack_bits(_tile_bytes(_codes_from_nibbles(planes["qs"], 16)), 4)}
 
 
 def _unpack_q4(planes: Mapping[str, Array]) -> Planes:
     scales = {name: _untile(plane) for name, plane in planes.items() if name != "qs"}
-    return {**scales, "qs": _nibbles_from_codes(_untile_bytes(_unpack_bits(planes["qs"], 4)))}
+    return {**scales, "qs": _nibbles_from_codes(_untile_bytes(_unpack_bits(planes["qs"], 4)), 16, 16)}
 
 
 def _pack_q8(planes: Mapping[str, Array]) -> Planes:
@@ -224,10 +220,36 @@ def _unpack_q8(planes: Mapping[str, Array]) -> Planes:
     return {"d": _untile(planes["d"]), "qs": codes.reshape(len(codes), -1, GROUP)}
 
 
+def _pack_q4_k(planes: Mapping[str, Array]) -> Planes:
+    return {
+        **{name: _tile(planes[name]) for name in ("d", "dmin", "scales")},
+        "qs": _pack_bits(_tile_bytes(_codes_from_nibbles(planes["qs"], 32)), 4),
+    }
+
+
+def _unpack_q4_k(planes: Mapping[str, Array]) -> Planes:
+    return {
+        **{name: _untile(planes[name]) for name in ("d", "dmin", "scales")},
+        "qs": _nibbles_from_codes(_untile_bytes(_unpack_bits(planes["qs"], 4)), 32, 128),
+    }
+
+
+def _pack_q5_k(planes: Mapping[str, Array]) -> Planes:
+    low = _pack_q4_k(planes)
+    qh = _pack_bits(_tile_bytes(_codes_from_high_bits(planes["qh"], 1)), 1)
+    return {name: qh if name == "qh" else low[name] for name in planes}
+
+
+def _unpack_q5_k(planes: Mapping[str, Array]) -> Planes:
+    low = _unpack_q4_k(planes)
+    qh = _high_bits_from_codes(_untile_bytes(_unpack_bits(planes["qh"], 1)), 1)
+    return {name: qh if name == "qh" else low[name] for name in planes}
+
+
 def _pack_q6(planes: Mapping[str, Array]) -> Planes:
     return {
-        "ql": _pack_bits(_tile_bytes(_codes_from_ql(planes["ql"])), 4),
-        "qh": _pack_bits(_tile_bytes(_codes_from_qh(planes["qh"])), 2),
+        "ql": _pack_bits(_tile_bytes(_codes_from_nibbles(planes["ql"], 64)), 4),
+        "qh": _pack_bits(_tile_bytes(_codes_from_high_bits(planes["qh"], 2)), 2),
         "scales": _tile(planes["scales"].reshape(len(planes["scales"]), -1)),
         "d": _tile(planes["d"]),
     }
@@ -236,8 +258,8 @@ def _pack_q6(planes: Mapping[str, Array]) -> Planes:
 def _unpack_q6(planes: Mapping[str, Array]) -> Planes:
     scales = _untile(planes["scales"])
     return {
-        "ql": _ql_from_codes(_untile_bytes(_unpack_bits(planes["ql"], 4))),
-        "qh": _qh_from_codes(_untile_bytes(_unpack_bits(planes["qh"], 2))),
+        "ql": _nibbles_from_codes(_untile_bytes(_unpack_bits(planes["ql"], 4)), 64, 128),
+        "qh": _high_bits_from_codes(_untile_bytes(_unpack_bits(planes["qh"], 2)), 2),
         "scales": scales.reshape(len(scales), -1, 16),
         "d": _untile(planes["d"]),
     }
@@ -249,5 +271,7 @@ _TILE16: dict[str, _Repacking] = {
     "q4_0": _Repacking(_pack_q4, _unpack_q4),
     "q4_1": _Repacking(_pack_q4, _unpack_q4),
     "q8_0": _Repacking(_pack_q8, _unpack_q8),
+    "q4_k": _Repacking(_pack_q4_k, _unpack_q4_k),
+    "q5_k": _Repacking(_pack_q5_k, _unpack_q5_k),
     "q6_k": _Repacking(_pack_q6, _unpack_q6),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from importlib.resources import files
 from string import Template
 
@@ -19,12 +20,13 @@ from llmir_iree.plugins.kernels.executables import (
 from llmir_iree.plugins.kernels.objects import find_object
 from llmir_iree.plugins.lowering import Target
 
-# Bytes of an activation group, see activations.h.
-_GROUP_BYTES = 40
+# Of a record of quantised activations, see activations.h.
+_RECORD_BYTES = 48
 
 # Of one workgroup. Few enough tiles that their weights fit the second cache, few enough for all cores to have some.
 _MAX_TILES = 16
 _MIN_WORKGROUPS = 8
+_TILES_OF_GATED_GROUP = 4
 _QUANTIZED_ROWS = 8
 _APPENDED_TOKENS = 8
 
@@ -32,11 +34,28 @@ _APPENDED_TOKENS = 8
 _ATTENDED_QUERIES = 16
 _LARGEST_HEAD = 256
 
+_ACTIVATIONS = Buffer("i8", writes=True)
+_ROWS = ("workgroup_x", "rows_per_workgroup")
+
 QUANTIZE = Kernel(
     "llmir_quantize_activations",
     "quantize_activations",
-    (Buffer("f32"), Buffer("i8", writes=True)),
-    ("rows", "columns", "workgroup_x", "rows_per_workgroup"),
+    (Buffer("f32"), _ACTIVATIONS),
+    ("rows", "columns", "terms", *_ROWS),
+)
+NORM_QUANTIZE = Kernel(
+    "llmir_norm_quantize",
+    "quantize_activations",
+    (Buffer("f32"), Buffer("f32"), _ACTIVATIONS),
+    ("rows", "columns", "terms", "epsilon", *_ROWS),
+    floats=frozenset({"epsilon"}),
+)
+ADD_NORM_QUANTIZE = Kernel(
+    "llmir_add_norm_quantize",
+    "quantize_activations",
+    (Buffer("f32"), Buffer("f32"), Buffer("f32"), Buffer("f32", writes=True), _ACTIVATIONS),
+    ("rows", "columns", "terms", "epsilon", *_ROWS),
+    floats=frozenset({"epsilon"}),
 )
 
 APPEND = Kernel(
@@ -63,16 +82,34 @@ ATTEND = Kernel(
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "uint8": "i8", "int8": "i8"}
 
 
-def multiply(weight_format: str) -> Kernel:
-    """The kernel that multiplies a format's tiles: with activation groups, or with float32 if weights are plain."""
-    is_quantized = FORMATS[weight_format].is_quantized
+def multiply_kernel(weight_format: str) -> Kernel:
+    """The kernel that multiplies a format's tiles: with quantised activations, or with float32 if weights are plain."""
     planes = tuple(Buffer(_ELEMENTS[plane.dtype.name]) for plane in FORMATS[weight_format].planes)
+    is_quantized = FORMATS[weight_format].is_quantized
     return Kernel(
         f"llmir_quantized_matmul_{weight_format}",
         "quantized_matmul" if is_quantized else "plain_matmul",
         (*planes, Buffer("i8" if is_quantized else "f32"), Buffer("f32", writes=True)),
-        ("rows", "columns", "depth", "workgroup_x", "tiles_per_workgroup"),
+        ("rows", "columns", "depth", *(["terms"] if is_quantized else []), "workgroup_x", "tiles_per_workgroup"),
     )
+
+
+def gated_kernel(weight_format: str) -> Kernel:
+    """The kernel that multiplies the tiles of gates and of what they gate."""
+    planes = tuple(Buffer(_ELEMENTS[plane.dtype.name]) for plane in FORMATS[weight_format].planes)
+    return Kernel(
+        f"llmir_gated_matmul_{weight_format}",
+        "gated_matmul",
+        (*planes, Buffer("i8"), _ACTIVATIONS),
+        ("rows", "columns", "depth", "terms", "workgroup_x", "groups_per_workgroup"),
+    )
+
+
+def quantized_type(x: TensorType, terms: int) -> TensorType:
+    """The type of x [.., K] once it is quantised: the last dimension counts the bytes of all records of a row."""
+    *outer, depth = x.shape
+    assert depth is not None
+    return TensorType((*outer, depth // GROUP * terms * _RECORD_BYTES), "i8")
 
 
 def accepts_quantized_matmul(call: LlmirCall, target: Target) -> bool:
@@ -98,39 +135,144 @@ def quantized_matmul(call: LlmirCall, target: Target) -> dict[str, str]:
         CompileError: the kernels are not compiled, and cannot be.
     """
     weight_format = str(call.constant("format"))
+    if not FORMATS[weight_format].is_quantized:
+        return _multiply(call, target, call.operands[0].shape[-1], {})
     x, *planes = call.operands
-    batch, seq, depth = x.shape
-    assert batch is not None
+    terms = ("terms", 1)
+    quantize = LlmirCall("quantize_activations", (x,), (quantized_type(x, 1),), (terms,))
+    constants = (("format", weight_format), ("out_features", call.constant("out_features")), terms)
+    product = LlmirCall("multiply", (*quantize.results, *planes), call.results, constants)
+    names = [plane.name for plane in FORMATS[weight_format].planes]
+    definition = _fill(
+        "quantized_matmul",
+        name=call.symbol,
+        x=x,
+        y=call.results[0],
+        codes=quantize.results[0],
+        plane_arguments=", ".join(f"%{name}: {plane}" for name, plane in zip(names, planes, strict=True)),
+        plane_operands=", ".join(f"%{name}" for name in names),
+        plane_types=", ".join(map(str, planes)),
+        quantize=quantize.symbol,
+        multiply=product.symbol,
+    )
+    return {**quantize_activations(quantize, target), **multiply(product, target), call.symbol: definition}
+
+
+# The parts that fused layers are made of. Quantised activations are tensors of `quantized_type`.
+
+
+def quantize_activations(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `quantize_activations(x; terms) -> codes`, and the executable that it dispatches.
+
+    Raises:
+        CompileError: the kernels are not compiled, and cannot be. The same goes for the parts that follow.
+    """
+    return _by_rows(QUANTIZE, call, target, {})
+
+
+def norm_quantize(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `norm_quantize(x, weight; epsilon, terms) -> codes`: x is divided by its root mean square."""
+    return _by_rows(NORM_QUANTIZE, call, target, {"epsilon": float(call.constant("epsilon"))})
+
+
+def add_norm_quantize(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `add_norm_quantize(x, residual, weight; epsilon, terms) -> (sum, codes)`."""
+    return _by_rows(ADD_NORM_QUANTIZE, call, target, {"epsilon": float(call.constant("epsilon"))})
+
+
+def multiply(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `multiply(codes, planes; format, out_features, terms) -> y`."""
+    terms = int(call.constant("terms"))
+    return _multiply(call, target, _quantized_depth(call.operands[0], terms), {"terms": terms})
+
+
+def gated_multiply(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `gated_multiply(codes, planes; format, out_features, terms) -> codes`.
+
+    The planes are those of 2 * `out_features` rows, the gates and then what they gate; the result has one term.
+    """
+    columns, terms = int(call.constant("out_features")), int(call.constant("terms"))
+    depth = _quantized_depth(call.operands[0], terms)
+    groups = columns // GROUP
+    share = min(_MAX_TILES // _TILES_OF_GATED_GROUP, max(1, groups // _MIN_WORKGROUPS))
+    sizes = {"columns": columns, "depth": depth, "terms": terms, "groups_per_workgroup": share}
+    return _dispatch(gated_kernel(str(call.constant("format"))), call, target, sizes, -(-groups // share))
+
+
+def _by_rows(kernel: Kernel, call: LlmirCall, target: Target, sizes: dict[str, float]) -> dict[str, str]:
+    """A definition whose workgroups take some rows of x each."""
+    columns = call.operands[0].shape[-1]
+    assert columns is not None
+    share = {"rows_per_workgroup": _QUANTIZED_ROWS}
+    terms = int(call.constant("terms"))
+    return _dispatch(kernel, call, target, {"columns": columns, "terms": terms, **sizes, **share}, None)
+
+
+def _multiply(call: LlmirCall, target: Target, depth: int | None, sizes: dict[str, float]) -> dict[str, str]:
+    """A definition whose workgroups take some tiles of the weights each."""
     assert depth is not None
     columns = int(call.constant("out_features"))
     tiles = -(-columns // TILE_ROWS)
     # Even, because kernels take tiles in pairs.
-    tiles_per_workgroup = min(_MAX_TILES, max(2, tiles // _MIN_WORKGROUPS // 2 * 2))
-    names = [plane.name for plane in FORMATS[weight_format].planes]
-    kernel = multiply(weight_format)
-    is_quantized = FORMATS[weight_format].is_quantized
+    share = min(_MAX_TILES, max(2, tiles // _MIN_WORKGROUPS // 2 * 2))
+    sizes = {"columns": columns, "depth": depth, **sizes, "tiles_per_workgroup": share}
+    return _dispatch(multiply_kernel(str(call.constant("format"))), call, target, sizes, -(-tiles // share))
+
+
+def _quantized_depth(codes: TensorType, terms: int) -> int:
+    row_bytes = codes.shape[-1]
+    assert row_bytes is not None
+    return row_bytes // (terms * _RECORD_BYTES) * GROUP
+
+
+def _dispatch(
+    kernel: Kernel, call: LlmirCall, target: Target, sizes: dict[str, float], workgroups: int | None
+) -> dict[str, str]:
+    """A definition that is one dispatch, and its executable.
+
+    Args:
+        kernel: what to dispatch; of its constants, `rows` come from the first operand that is not a plane.
+        call: its operands and results have [batch, seq] in front, or are static.
+        target: what the module is compiled for.
+        sizes: the other constants.
+        workgroups: how many, or None for one for every `rows_per_workgroup` rows.
+    """
+    operands = [f"%operand{index}" for index in range(len(call.operands))]
+    x = call.operands[0]
+    assert x.shape[0] is not None
+    # Kernels take weights first.
+    is_matmul = "depth" in kernel.sizes
+    order = [*range(1, len(operands)), 0] if is_matmul else range(len(operands))
     definition = _fill(
-        "quantized_matmul" if is_quantized else "plain_matmul",
+        "dispatch",
         name=call.symbol,
+        arguments=", ".join(f"{name}: {kind}" for name, kind in zip(operands, call.operands, strict=True)),
         x=x,
-        y=call.results[0],
-        plane_arguments=", ".join(f"%{name}: {plane}" for name, plane in zip(names, planes, strict=True)),
-        plane_operands=", ".join(f"%{name}" for name in names),
-        plane_types=", ".join(map(str, planes)),
-        seq_dim="{%seq}" if seq is None else "",
-        batch=extent(batch),
-        columns=columns,
-        depth=depth,
-        groups=depth // GROUP,
-        row_bytes=depth // GROUP * _GROUP_BYTES,
-        rows_per_workgroup=_QUANTIZED_ROWS,
-        tile_workgroups=-(-tiles // tiles_per_workgroup),
-        tiles_per_workgroup=tiles_per_workgroup,
-        quantize=QUANTIZE.entry,
-        multiply=kernel.entry,
+        batch=x.shape[0],
+        workgroups=f"arith.constant {workgroups} : index"
+        if workgroups
+        else "arith.ceildivui %row_count, %share : index",
+        share=_QUANTIZED_ROWS,
+        sizes="\n  ".join(f"%{name} = arith.constant {_bits(size)} : i32" for name, size in sizes.items()),
+        entry=kernel.entry,
+        operands=", ".join([f"%{size}" for size in kernel.constants] + [operands[index] for index in order]),
+        operand_types=", ".join(["i32"] * len(kernel.constants) + [_sized(call.operands[index]) for index in order]),
+        results=", ".join(f"%result{index}" for index in range(len(call.results))),
+        result_types=", ".join(map(str, call.results)),
+        sized_result_types=", ".join(map(_sized, call.results)),
     )
-    kernels = (QUANTIZE, kernel) if is_quantized else (kernel,)
-    return {**_executables(target, *kernels), call.symbol: definition}
+    return {**_executables(target, kernel), call.symbol: definition}
+
+
+def _sized(tensor: TensorType) -> str:
+    """A type as dispatches want it, with the value of a dimension that is dynamic: the sequence length."""
+    return f"{tensor}{{%seq}}" if None in tensor.shape else str(tensor)
+
+
+def _bits(size: float) -> int:
+    """A constant of a dispatch as i32."""
+    bits: int = struct.unpack("<i", struct.pack("<f", size))[0] if isinstance(size, float) else size
+    return bits
 
 
 def accepts_append_kv(call: LlmirCall, target: Target) -> bool:

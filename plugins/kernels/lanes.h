@@ -191,7 +191,7 @@ INLINE void store_f16(f16* p, f32x16 x) {
 #define FINISH_BEFORE_LOADS(p) __asm__ volatile("" : "+r"(p) : : "memory")
 
 // Four bytes in every lane.
-INLINE u8x64 splat_4u8(const uint8_t* p) { return (u8x64)splat_i32((int32_t)*(const u32_memory*)p); }
+INLINE i8x64 splat_4i8(const int8_t* p) { return (i8x64)splat_i32((int32_t)*(const u32_memory*)p); }
 
 // sum + a[0] b[0] + a[1] b[1] + a[2] b[2] + a[3] b[3] in every lane, exactly.
 INLINE i32x16 dot_u8_i8(i32x16 sum, u8x64 a, i8x64 b) {
@@ -247,3 +247,6 @@ INLINE f32x16 exp_f32(f32x16 x) {
 }
 
 INLINE f32x16 tanh_f32(f32x16 x) { return 1.0f - 2.0f / (exp_f32(x + x) + 1.0f); }
+
+// dot_u8_i8 for a[i] < 128.
+INLINE i32x16 dot_u7_i8(i32x16 sum, u8x64 a, i8x64 b) { return dot_u8_i8(sum, a, b); }

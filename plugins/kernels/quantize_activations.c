@@ -1,48 +1,92 @@
-// float32 rows to groups of 32 bytes with a scale: done once, whatever the number of matmuls that read the result.
-#include "activations.h"
-#include "lanes.h"
+// float32 rows to quantised activations: done once, whatever the number of matmuls that read the result.
+//
+// Where a norm comes before them, it is computed on the way. All kernels take rows workgroup * rows_per_workgroup and
+// on.
+#include "quantize.h"
 
-// Groups whose largest value is below this are taken for zero: 127 divided by it would overflow.
-#define SMALLEST 0x1p-120f
+typedef struct {
+  activation_group* records;
+  size_t rows, groups, terms;
+} activations;
 
-INLINE void quantize_group(const float* x, activation_group* out) {
-  // Stage 1: the largest magnitude. Compared as integers, so that an infinity or a NaN comes out on top and ends in
-  // the scale, where it spoils every product it should spoil.
-  f32x16 low = load_f32(x), high = load_f32(x + LANES);
-  i32x16 magnitude = max_i32((i32x16)low & 0x7fffffff, (i32x16)high & 0x7fffffff);
-  union {
-    int32_t bits;
-    float value;
-  } largest = {reduce_max_i32(magnitude)};
-  int is_zero = largest.value < SMALLEST;
-  float inverse = is_zero ? 0.0f : 127.0f / largest.value;
-  float scale = is_zero ? 0.0f : largest.value / 127.0f;
-
-  // Stage 2: round to nearest, ties to even. After adding 1.5 * 2^23 the integer stands in the low bits.
-  f32x16 low_scaled = low * inverse, high_scaled = high * inverse;
-  i32x16 low_bits = (i32x16)(low_scaled + 0x1.8p23f), high_bits = (i32x16)(high_scaled + 0x1.8p23f);
-  i32x16 low_codes = (low_bits + 128) & 255, high_codes = (high_bits + 128) & 255;
-
-  // Stage 3: store.
-  *(u8x16_memory*)out->codes = __builtin_convertvector(low_codes, u8x16);
-  *(u8x16_memory*)(out->codes + LANES) = __builtin_convertvector(high_codes, u8x16);
-  out->scale = scale;
-  out->sum = scale * (float)(reduce_add_i32(low_codes + high_codes) - 128 * GROUP);
+// 1 / sqrt of the mean square of a row, which is read from `x` and, unless `residual` is null, summed with it and
+// written to `sum`.
+INLINE float inverse_rms(const float* x, const float* residual, float* sum, size_t columns, float epsilon) {
+  f32x16 squares[2] = {splat(0.0f), splat(0.0f)};
+  for (size_t k = 0; k < columns; k += GROUP) {
+    values32 v = load_values(x + k);
+    if (residual) {
+      values32 r = load_values(residual + k);
+      v = (values32){v.low + r.low, v.high + r.high};
+      store_f32(sum + k, v.low);
+      store_f32(sum + k + LANES, v.high);
+    }
+    squares[0] += v.low * v.low;
+    squares[1] += v.high * v.high;
+  }
+  return 1.0f / __builtin_sqrtf(reduce_add_f32(squares[0] + squares[1]) / (float)columns + epsilon);
 }
 
-// Quantises rows workgroup * rows_per_workgroup and on.
-//   x    [rows, columns], columns a multiple of 32
-//   out  rows * columns / 32 activation groups, see activations.h
+// x * factor * weight; a null weight leaves x as it is.
+INLINE void quantize_row(const float* x, float factor, const float* weight, const activations* out, size_t row) {
+  size_t stride;
+  activation_group* record = out->records + activation_index(out->rows, out->groups, out->terms, row, &stride);
+  for (size_t g = 0; g < out->groups; ++g, record += stride) {
+    values32 v = load_values(x + g * GROUP);
+    if (weight) {
+      values32 w = load_values(weight + g * GROUP);
+      v = (values32){v.low * factor * w.low, v.high * factor * w.high};
+    }
+    quantize_group(v, out->terms, record);
+  }
+}
+
+// Quantises x.
+//   x        [rows, columns], columns a multiple of 32
+//   out      rows * columns / 32 * terms records, see activations.h
+//   terms    1, or 2 for twice the bits
 KERNEL void llmir_quantize_activations(const float* restrict x, size_t x_offset, uint8_t* restrict out,
-                                       size_t out_offset, size_t rows, size_t columns, size_t workgroup,
+                                       size_t out_offset, size_t rows, size_t columns, size_t terms, size_t workgroup,
                                        size_t rows_per_workgroup) {
-  activation_group* groups_out = (activation_group*)(out + out_offset);
-  size_t groups = columns / GROUP;
+  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP, terms};
+  size_t first = workgroup * rows_per_workgroup, end = min_size(rows, first + rows_per_workgroup);
+  for (size_t row = first; row < end; ++row) quantize_row(x + x_offset + row * columns, 1.0f, NULL, &to, row);
+}
+
+// Quantises x / sqrt(mean(x^2) + epsilon) * weight, the mean over a row.
+//   x        [rows, columns], columns a multiple of 32
+//   weight   [columns]
+//   out      rows * columns / 32 * terms records, see activations.h
+//   terms    1, or 2 for twice the bits
+KERNEL void llmir_norm_quantize(const float* restrict x, size_t x_offset, const float* restrict weight,
+                                size_t weight_offset, uint8_t* restrict out, size_t out_offset, size_t rows,
+                                size_t columns, size_t terms, float epsilon, size_t workgroup,
+                                size_t rows_per_workgroup) {
+  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP, terms};
   size_t first = workgroup * rows_per_workgroup, end = min_size(rows, first + rows_per_workgroup);
   for (size_t row = first; row < end; ++row) {
-    size_t stride;
-    activation_group* record = groups_out + activation_index(rows, groups, row, &stride);
     const float* values = x + x_offset + row * columns;
-    for (size_t g = 0; g < groups; ++g, values += GROUP, record += stride) quantize_group(values, record);
+    float factor = inverse_rms(values, NULL, NULL, columns, epsilon);
+    quantize_row(values, factor, weight + weight_offset, &to, row);
+  }
+}
+
+// The same for sum = x + residual, which is stored.
+//   x, residual, sum  [rows, columns], columns a multiple of 32
+//   weight            [columns]
+//   out               rows * columns / 32 * terms records, see activations.h
+//   terms             1, or 2 for twice the bits
+KERNEL void llmir_add_norm_quantize(const float* restrict x, size_t x_offset, const float* restrict residual,
+                                    size_t residual_offset, const float* restrict weight, size_t weight_offset,
+                                    float* restrict sum, size_t sum_offset, uint8_t* restrict out, size_t out_offset,
+                                    size_t rows, size_t columns, size_t terms, float epsilon, size_t workgroup,
+                                    size_t rows_per_workgroup) {
+  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP, terms};
+  size_t first = workgroup * rows_per_workgroup, end = min_size(rows, first + rows_per_workgroup);
+  for (size_t row = first; row < end; ++row) {
+    float* values = sum + sum_offset + row * columns;
+    float factor = inverse_rms(x + x_offset + row * columns, residual + residual_offset + row * columns, values, columns,
+                               epsilon);
+    quantize_row(values, factor, weight + weight_offset, &to, row);
   }
 }

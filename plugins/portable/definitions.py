@@ -25,8 +25,8 @@ _BLOCK_SHAPES: dict[str, tuple[int, ...]] = {
     "q4_0": (4, 2, 4),
     "q4_1": (4, 2, 4),
     "q8_0": (8, 4),
-    "q4_k": (4, 2, 32),
-    "q5_k": (4, 2, 32),
+    "q4_k": (8, 4, 2, 4),
+    "q5_k": (8, 4, 2, 4),
     "q6_k": (8, 2, 2, 2, 4),
 }
 _TEMPLATES = {"f16": "dequantize_plain", "bf16": "dequantize_plain"}
@@ -218,18 +218,17 @@ def argmax(symbol: str, batch: int, vocab: int) -> str:
 
 def _dequantize(weight_format: str, symbol: str, planes: list[TensorType], weights: TensorType) -> dict[str, str]:
     names = [plane.name for plane in FORMATS[weight_format].planes]
-    rows = weights.shape[0]
+    tiles = weights.shape[0]
     blocks = weights.shape[2 if layout_of(weight_format) == TILE16 else 1]
     values = {
         **dict(zip(names, planes, strict=True)),
         "name": symbol,
         "weights": weights,
-        "rows": extent(rows),
-        "tiles": extent(rows),
+        "tiles": extent(tiles),
         "blocks": extent(blocks),
         "dtype": planes[0].element,
-        "group_scales": TensorType((rows, blocks, 4, 2), "f32"),
-        "scales_name": f"llmir_k_scales_{rows}x{blocks}",
+        "group_scales": TensorType((tiles, blocks, 8, TILE_ROWS), "f32"),
+        "scales_name": f"llmir_k_scales_{tiles}x{blocks}",
     }
     functions = {symbol: _fill(_TEMPLATES.get(weight_format, f"dequantize_{weight_format}"), **values)}
     if "dmin" in names:

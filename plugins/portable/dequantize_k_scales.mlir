@@ -1,36 +1,33 @@
-// The eight 6-bit scales and minima of a Q4_K or Q5_K block, times the block's two float factors.
+// The eight 6-bit scales and minima of a Q4_K or Q5_K block in tiles, times the block's two float factors.
 //
 // Of the 12 bytes, the first four hold scales 0..3 in their low 6 bits, the next four the minima 0..3; the last four
 // hold the low nibbles of scales and minima 4..7, whose high 2 bits are the top bits of the first eight bytes.
-// Dimensions: row, block, group / 2, group % 2.
+// Dimensions: tile, block, group g of 32, lane (the row in the tile).
 util.func private @$name(%d: $d, %dmin: $dmin, %scales: $scales) -> ($group_scales, $group_scales) {
   %init = tensor.empty() : $group_scales
   %factors, %minima = linalg.generic {
-      indexing_maps = [affine_map<(n, b, p, u) -> (n, b)>, affine_map<(n, b, p, u) -> (n, b)>,
-                       affine_map<(n, b, p, u) -> (n, b, p, u)>, affine_map<(n, b, p, u) -> (n, b, p, u)>],
+      indexing_maps = [affine_map<(t, b, g, l) -> (t, b, l)>, affine_map<(t, b, g, l) -> (t, b, l)>,
+                       affine_map<(t, b, g, l) -> (t, b, g, l)>, affine_map<(t, b, g, l) -> (t, b, g, l)>],
       iterator_types = ["parallel", "parallel", "parallel", "parallel"]}
       ins(%d, %dmin : $d, $dmin) outs(%init, %init : $group_scales, $group_scales) {
   ^bb0(%d_f16: f16, %dmin_f16: f16, %unused0: f32, %unused1: f32):
-    %c2 = arith.constant 2 : index
     %c4 = arith.constant 4 : index
     %c8 = arith.constant 8 : index
     %four = arith.constant 4 : i8
     %six = arith.constant 6 : i8
     %low4 = arith.constant 15 : i8
     %low6 = arith.constant 63 : i8
-    %n = linalg.index 0 : index
+    %t = linalg.index 0 : index
     %b = linalg.index 1 : index
-    %p = linalg.index 2 : index
-    %u = linalg.index 3 : index
-    %pair_start = arith.muli %p, %c2 : index
-    %group = arith.addi %pair_start, %u : index
-    %k = arith.remui %group, %c4 : index
+    %g = linalg.index 2 : index
+    %l = linalg.index 3 : index
+    %k = arith.remui %g, %c4 : index
     %k_second = arith.addi %k, %c4 : index
     %k_third = arith.addi %k, %c8 : index
-    %first = tensor.extract %scales[%n, %b, %k] : $scales
-    %second = tensor.extract %scales[%n, %b, %k_second] : $scales
-    %third = tensor.extract %scales[%n, %b, %k_third] : $scales
-    %early = arith.cmpi ult, %group, %c4 : index
+    %first = tensor.extract %scales[%t, %b, %k, %l] : $scales
+    %second = tensor.extract %scales[%t, %b, %k_second, %l] : $scales
+    %third = tensor.extract %scales[%t, %b, %k_third, %l] : $scales
+    %early = arith.cmpi ult, %g, %c4 : index
     %early_scale = arith.andi %first, %low6 : i8
     %early_minimum = arith.andi %second, %low6 : i8
     %scale_low = arith.andi %third, %low4 : i8

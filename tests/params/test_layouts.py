@@ -53,10 +53,22 @@ def test_a_byte_of_q4_holds_columns_four_apart():
         assert tiles[0, 0, step, row, k] == codes[row, 8 * step + k] | codes[row, 8 * step + 4 + k] << 4
 
 
+def test_a_byte_of_q5_k_holds_the_fifth_bits_of_columns_four_apart():
+    planes = random_planes("q5_k", 16, 512)
+    tiles = pack_tile16("q5_k", planes)
+    for block, group, row, k in ((0, 0, 0, 0), (1, 3, 5, 3), (1, 7, 15, 2)):
+        fifth_bits = planes["qh"][row, block] >> group & 1
+        expected = sum(int(fifth_bits[4 * step + k]) << step for step in range(8))
+        assert tiles["qh"][0, 8 * block + group, 0, row, k] == expected
+        nibbles = planes["qs"][row, block, 32 * (group // 2) :][:32] >> 4 * (group % 2) & 15
+        assert tiles["qs"][0, 8 * block + group, 2, row, k] == nibbles[16 + k] | nibbles[20 + k] << 4
+        assert tiles["scales"][0, block, 7, row] == planes["scales"][row, block, 7]
+
+
 def test_a_format_without_tiles_is_named():
-    assert not has_tile16("q4_k")
-    with pytest.raises(ValueError, match="no layout tile16 for format 'q4_k'; it exists for f16, bf16, q4_0"):
-        pack_tile16("q4_k", {})
+    assert not has_tile16("f32")
+    with pytest.raises(ValueError, match="no layout tile16 for format 'f32'; it exists for f16, bf16, q4_0"):
+        pack_tile16("f32", {})
 
 
 def test_the_layout_has_a_version():

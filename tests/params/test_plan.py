@@ -72,14 +72,22 @@ def test_planes_carry_name_dtype_and_shape():
         "w.m": (np.float16, (1, 8, 16)),
         "w.qs": (np.uint8, (1, 8, 4, 16, 4)),
     }
-    assert plan_one("q4_k").planes["w.qs"] == (np.uint8, (8, 1, 128))
+    assert plan_one("q5_k", columns=512).planes == {
+        "w.d": (np.float16, (1, 2, 16)),
+        "w.dmin": (np.float16, (1, 2, 16)),
+        "w.scales": (np.uint8, (1, 2, 12, 16)),
+        "w.qh": (np.uint8, (1, 16, 1, 16, 4)),
+        "w.qs": (np.uint8, (1, 16, 4, 16, 4)),
+    }
+    assert plan_one("f32").planes == {"w.w": (np.float32, (8, 256))}
     assert plan_one("bf16", columns=7).planes == {"w.w": (np.dtype(ml_dtypes.bfloat16), (1, 7, 16))}
     assert plan_one("f16", kind="vector", columns=7).planes == {"w": (np.float32, (7,))}
 
 
 def test_bytes_count_the_rows_that_fill_a_tile():
     assert plan_one("q8_0").nbytes == FORMATS["q8_0"].nbytes(16, 256)
-    assert plan_one("q4_k").nbytes == FORMATS["q4_k"].nbytes(8, 256)
+    assert plan_one("q4_k").nbytes == FORMATS["q4_k"].nbytes(16, 256)
+    assert plan_one("f32").nbytes == FORMATS["f32"].nbytes(8, 256)
     assert plan_one("f32", kind="vector").nbytes == 4 * 256
 
 

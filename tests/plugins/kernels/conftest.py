@@ -1,4 +1,4 @@
-"""The native builds of the kernels, behind numpy calls."""
+"""The native builds of the kernels, behind numpy calls, and what their results stand for."""
 
 import ctypes
 import mmap
@@ -11,7 +11,7 @@ import torch
 
 from llmir_iree.plugins.kernels import build
 
-GROUP, GROUP_BYTES = 32, 40
+GROUP, RECORD_BYTES = 32, 48
 
 # The instruction sets that this machine runs, by a flag of /proc/cpuinfo.
 _NEEDS = {"x86_64-avx512vnni": "avx512_vnni", "x86_64-avx2": "avx2", "x86_64-generic": "sse2"}
@@ -40,6 +40,42 @@ def guarded(array):
     memory.close()
 
 
+_RECORD = np.dtype(
+    [("codes", np.int8, GROUP), ("scale", np.float32), ("offset", np.float32), ("code_sums", np.int32, 2)]
+)
+
+
+def read_records(packed, rows, columns, terms=1):
+    """Records [rows, groups, terms] of quantised activations, as activations.h lays them out."""
+    groups = columns // GROUP
+    records = packed.view(_RECORD)
+    blocks = [
+        records[first * groups * terms : min(rows, first + 32) * groups * terms].reshape(groups, -1, terms)
+        for first in range(0, rows, 32)
+    ]
+    return np.concatenate([block.swapaxes(0, 1) for block in blocks])
+
+
+def dequantize_activations(packed, rows, columns, terms=1):
+    """What quantised activations stand for, float64 [rows, columns]."""
+    records = read_records(packed, rows, columns, terms)
+    values = records["codes"] * records["scale"][..., None].astype(np.float64)
+    values += records["offset"][..., None].astype(np.float64)
+    return values.sum(2).reshape(rows, columns)
+
+
+def rounding_bound(x, terms=1):
+    """How far each of x may be from what it is rounded to: half a step of its group of 32, and float32's rounding.
+
+    A step is the distance between the group's ends / 254, a second term divides it by 254 once more. No value is
+    further off than with symmetric codes of 8 bits, whose step is twice the largest magnitude / 254.
+    """
+    grouped = x.astype(np.float64).reshape(len(x), -1, GROUP)
+    reach = (grouped.max(-1) - grouped.min(-1)) / 2
+    bound = reach / 254**terms * (1 + 1e-4) + 2.0**-22 * np.abs(grouped).max(-1) + 2.0**-120
+    return np.repeat(bound, GROUP, axis=-1)
+
+
 class Kernels:
     """Calls of one shared library; the workgroups of a dispatch run one after the other."""
 
@@ -62,28 +98,55 @@ class Kernels:
                 scalars = (ctypes.c_float(s) if isinstance(s, float) else ctypes.c_size_t(s) for s in sizes(workgroup))
                 function(*buffers, *scalars)
 
-    def quantize(self, x, rows_per_workgroup=3):
-        """Activation groups of x as bytes."""
-        rows, columns = x.shape
-        out = np.full(rows * columns // GROUP * GROUP_BYTES, 0xAA, np.uint8)
-        workgroups = range(-(-rows // rows_per_workgroup))
+    def quantize(self, x, terms=1, rows_per_workgroup=3):
+        """Quantised activations of x as bytes."""
+        return self._quantize("llmir_quantize_activations", (x,), terms, (), rows_per_workgroup)
+
+    def norm_quantize(self, x, weight, epsilon, terms=1, rows_per_workgroup=3):
+        """Quantised activations of the norm of x."""
+        return self._quantize("llmir_norm_quantize", (x, weight), terms, (epsilon,), rows_per_workgroup)
+
+    def add_norm_quantize(self, x, residual, weight, epsilon, terms=1, rows_per_workgroup=3):
+        """The sum of x and residual, and quantised activations of its norm."""
+        total = np.full_like(x, np.nan)
+        arrays = (x, residual, weight, total)
+        return total, self._quantize("llmir_add_norm_quantize", arrays, terms, (epsilon,), rows_per_workgroup)
+
+    def _quantize(self, name, arrays, terms, floats, rows_per_workgroup):
+        rows, columns = arrays[0].shape
+        out = _codes(rows, columns, terms)
         self.dispatch(
-            "llmir_quantize_activations", (x, out), workgroups, lambda w: (rows, columns, w, rows_per_workgroup)
+            name,
+            (*arrays, out),
+            range(-(-rows // rows_per_workgroup)),
+            lambda w: (rows, columns, terms, *floats, w, rows_per_workgroup),
         )
         return out
 
-    def matmul(self, weight_format, tiles, x, columns, tiles_per_workgroup=2):
+    def matmul(self, weight_format, tiles, x, columns, terms=1, tiles_per_workgroup=2):
         """x [rows, depth] times the tiles of a [columns, depth] matrix."""
         rows, depth = x.shape
-        operand = x if weight_format in ("f16", "bf16") else self.quantize(x)
+        is_plain = weight_format in ("f16", "bf16")
         y = np.full((rows, columns), np.nan, np.float32)
+        sizes = (rows, columns, depth) if is_plain else (rows, columns, depth, terms)
         self.dispatch(
             f"llmir_quantized_matmul_{weight_format}",
-            (*tiles.values(), operand, y),
+            (*tiles.values(), x if is_plain else self.quantize(x, terms), y),
             range(-(-columns // (16 * tiles_per_workgroup))),
-            lambda w: (rows, columns, depth, w, tiles_per_workgroup),
+            lambda w: (*sizes, w, tiles_per_workgroup),
         )
         return y
+
+    def gated_matmul(self, weight_format, tiles, codes, rows, columns, depth, terms=1, groups_per_workgroup=2):
+        """Quantised activations of silu(gate) * up, from those of x and the tiles of gates and ups."""
+        out = _codes(rows, columns, 1)
+        self.dispatch(
+            f"llmir_gated_matmul_{weight_format}",
+            (*tiles.values(), codes, out),
+            range(-(-columns // (GROUP * groups_per_workgroup))),
+            lambda w: (rows, columns, depth, terms, w, groups_per_workgroup),
+        )
+        return out
 
     def append(self, cache, key, value, page_table, positions, layer, tokens_per_workgroup=2):
         """Write into the cache."""
@@ -110,6 +173,10 @@ class Kernels:
             lambda w: (*sizes, float(scale), float(softcap), *w),
         )
         return output
+
+
+def _codes(rows, columns, terms):
+    return np.full(rows * columns // GROUP * terms * RECORD_BYTES, 0xAA, np.uint8)
 
 
 def _runnable():

@@ -1,52 +1,112 @@
-"""x is within scale / 2 of what is stored, and scale is the group's largest magnitude / 127."""
+"""What codes stand for against what was quantised: x itself, or a norm of it."""
 
 import numpy as np
 import pytest
+import torch
+
+from tests.plugins.kernels.conftest import dequantize_activations, read_records, rounding_bound
 
 ROWS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 65)
-RECORD = np.dtype([("codes", np.uint8, 32), ("scale", np.float32), ("sum", np.float32)])
+TERMS = (1, 2)
 
 
-def read(packed, rows, columns):
-    """Codes [rows, groups, 32] without their excess, scales and sums [rows, groups], as activations.h lays them out."""
-    groups = columns // 32
-    records = packed.view(RECORD)
-    ordered = np.concatenate(
-        [records[first * groups : min(rows, first + 32) * groups].reshape(groups, -1).T for first in range(0, rows, 32)]
-    )
-    return ordered["codes"].astype(np.int32) - 128, ordered["scale"], ordered["sum"]
+def random_rows(rows, columns, seed=0):
+    """Groups around zero, above and below it."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, columns)) + np.repeat(rng.uniform(-3, 3, (rows, columns // 32)), 32, axis=-1)
+    return x.astype(np.float32)
 
 
+def check(packed, x, terms):
+    """That codes stand for x, and their fields for each other."""
+    rows, columns = x.shape
+    assert (np.abs(dequantize_activations(packed, rows, columns, terms) - x) <= rounding_bound(x, terms)).all()
+    records = read_records(packed, rows, columns, terms)
+    sums = records["codes"].astype(np.int32).reshape(*records.shape, 2, 16).sum(-1)
+    np.testing.assert_array_equal(records["code_sums"], sums)
+    assert not records["offset"][:, :, 1:].any()
+
+
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("columns", [32, 96, 2048])
 @pytest.mark.parametrize("rows", ROWS)
-def test_values_are_rounded_to_nearest(kernels, rows, columns):
-    x = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
-    codes, scale, total = read(kernels.quantize(x), rows, columns)
-    grouped = x.reshape(rows, -1, 32)
-    np.testing.assert_allclose(scale, np.abs(grouped).max(-1) / 127, rtol=1e-6)
-    assert np.abs(codes).max() == 127
-    assert (np.abs(grouped - codes * scale[..., None]) <= scale[..., None] * (0.5 + 1e-4)).all()
-    np.testing.assert_allclose(total, scale * codes.sum(-1), rtol=1e-6)
+def test_values_are_rounded_to_nearest(kernels, rows, columns, terms):
+    x = random_rows(rows, columns, rows)
+    check(kernels.quantize(x, terms), x, terms)
 
 
+def test_all_codes_are_used(kernels):
+    x = random_rows(3, 256)
+    codes = read_records(kernels.quantize(x), 3, 256)["codes"]
+    assert (codes.min(-1) == -127).all()
+    assert (codes.max(-1) == 127).all()
+
+
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38, 1e-30, 1.0, 1e30, 3e38])
-def test_extreme_magnitudes(kernels, size):
+def test_extreme_magnitudes(kernels, size, terms):
     x = (np.random.default_rng(1).uniform(-1, 1, (3, 64)) * size).astype(np.float32)
-    codes, scale, _ = read(kernels.quantize(x), 3, 64)
-    error = np.abs(x.reshape(3, 2, 32).astype(np.float64) - codes * scale[..., None].astype(np.float64))
-    assert (error <= np.maximum(scale[..., None].astype(np.float64) * 0.5001, 2.0**-120)).all()
+    check(kernels.quantize(x, terms), x, terms)
 
 
-def test_zeros_have_scale_zero(kernels):
-    codes, scale, total = read(kernels.quantize(np.zeros((2, 64), np.float32)), 2, 64)
-    assert not codes.any()
-    assert not scale.any()
-    assert not total.any()
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("value", [0.0, 1.0, -3e38, 1e-42])
+def test_a_constant_group_is_exact(kernels, value, terms):
+    x = np.full((2, 64), value, np.float32)
+    packed = kernels.quantize(x, terms)
+    np.testing.assert_array_equal(dequantize_activations(packed, 2, 64, terms), x.astype(np.float64))
+    assert not read_records(packed, 2, 64, terms)["codes"].any()
 
 
+def test_neighbouring_floats_stay_in_range(kernels):
+    x = np.ones((1, 32), np.float32)
+    x[0, 7] = np.nextafter(np.float32(1), np.float32(2))
+    check(kernels.quantize(x), x, 1)
+
+
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_spoils_its_group_alone(kernels, value):
-    x = np.ones((2, 64), np.float32)
-    x[1, 40] = value
-    _, scale, _ = read(kernels.quantize(x), 2, 64)
-    assert np.isfinite(scale).tolist() == [[True, True], [True, False]]
+@pytest.mark.parametrize("column", [32, 40, 63])
+def test_what_is_not_finite_spoils_its_group_alone(kernels, value, column, terms):
+    x = random_rows(2, 64)
+    x[1, column] = value
+    scale = read_records(kernels.quantize(x, terms), 2, 64, terms)["scale"]
+    assert np.isfinite(scale).all(-1).tolist() == [[True, True], [True, False]]
+    assert np.isnan(scale[1, 1, 0])
+
+
+def rms_norm(x, weight, epsilon):
+    x, weight = torch.from_numpy(x), torch.from_numpy(weight)
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon).numpy()
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("columns", [32, 96, 2048])
+@pytest.mark.parametrize("rows", ROWS)
+def test_norms(kernels, rows, columns, terms):
+    x, residual = random_rows(rows, columns, 1), random_rows(rows, columns, 2)
+    weight = random_rows(1, columns, 3)[0]
+    total, packed = kernels.add_norm_quantize(x, residual, weight, 1e-5, terms)
+    np.testing.assert_array_equal(total, x + residual)
+    check_norm(packed, rms_norm(x + residual, weight, 1e-5), terms)
+    check_norm(kernels.norm_quantize(x, weight, 1e-5, terms), rms_norm(x, weight, 1e-5), terms)
+
+
+def check_norm(packed, expected, terms):
+    error = np.abs(dequantize_activations(packed, *expected.shape, terms) - expected)
+    assert (error <= rounding_bound(expected, terms) + 1e-6 * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1e15])
+def test_norms_of_extreme_magnitudes(kernels, size):
+    """Where epsilon is all there is, and where it is nothing."""
+    x = (np.random.default_rng(1).uniform(-1, 1, (3, 64)) * size).astype(np.float32)
+    weight = random_rows(1, 64)[0]
+    check_norm(kernels.norm_quantize(x, weight, 1e-6), rms_norm(x, weight, 1e-6), 1)
+
+
+def test_a_norm_spreads_what_is_not_finite_over_its_row(kernels):
+    x, weight = random_rows(2, 64), np.ones(64, np.float32)
+    x[1, 3] = np.nan
+    scale = read_records(kernels.norm_quantize(x, weight, 1e-5), 2, 64)["scale"][..., 0]
+    assert np.isfinite(scale).tolist() == [[True, True], [False, False]]

@@ -1,7 +1,7 @@
-"""Products of bytes against the exact product of the dequantised weights.
+"""Products of bytes against the exact product of the dequantised weights, in float64.
 
-The bound: an activation is off by at most half a step, largest / 254 of its group of 32, so that a result is off by at
-most the sum over groups of largest / 254 * sum |w|, and by the rounding of float32 sums.
+The bound: activations are off by what `rounding_bound` allows, each in the direction that hurts most, and sums of
+float32 by their rounding.
 """
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from llmir_iree.export.dequantize import dequantize
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.params.layouts import pack_tile16
+from tests.plugins.kernels.conftest import dequantize_activations, rounding_bound
 
 ROWS = (1, 2, 3, 7, 8, 9, 31, 33)
-BLOCKED = ("q4_0", "q4_1", "q8_0", "q6_k")
+BLOCKED = ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
+TERMS = (1, 2)
 ROUNDING = 1e-5
 
 
@@ -35,37 +37,36 @@ def random_weights(weight_format, columns, depth, scale=0.02, seed=0):
     return planes, dequantize(weight_format, tensors).double().numpy()
 
 
-def bound(x, weights):
+def bound(x, weights, terms):
     """Largest error of each result, [rows, columns]."""
-    x, weights = np.abs(x.astype(np.float64)), np.abs(weights)
-    largest = x.reshape(len(x), -1, 32).max(-1)
-    sums = weights.reshape(len(weights), -1, 32).sum(-1)
-    return largest @ sums.T / 254 * (1 + 1e-4) + ROUNDING * x @ weights.T + 2.0**-118 * weights.sum(-1)
+    return (rounding_bound(x, terms) + ROUNDING * np.abs(x.astype(np.float64))) @ np.abs(weights).T
 
 
-def check(kernels, weight_format, x, columns, **options):
+def check(kernels, weight_format, x, columns, terms=1, **options):
     planes, weights = random_weights(weight_format, columns, x.shape[1], **options)
-    y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, columns)
+    y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, columns, terms)
     exact = x.astype(np.float64) @ weights.T
     assert np.isfinite(y).all()
-    assert (np.abs(y - exact) <= bound(x, weights)).all()
+    assert (np.abs(y - exact) <= bound(x, weights, terms)).all()
     return y, exact, np.abs(x.astype(np.float64)) @ np.abs(weights).T
 
 
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("weight_format", BLOCKED)
-def test_awkward_sizes(kernels, weight_format, rows):
+def test_awkward_sizes(kernels, weight_format, rows, terms):
     block = max(32, FORMATS[weight_format].block_size)
     for columns, depth in ((16, block), (1, 2 * block), (41, 5 * block)):
-        x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32)
-        check(kernels, weight_format, x, columns)
+        x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32) + 0.5
+        check(kernels, weight_format, x, columns, terms)
 
 
+@pytest.mark.parametrize(("terms", "largest"), [(1, 2e-3), (2, 1e-5)])
 @pytest.mark.parametrize("weight_format", BLOCKED)
-def test_error_of_a_long_row(kernels, weight_format):
+def test_error_of_a_long_row(kernels, weight_format, terms, largest):
     x = np.random.default_rng(3).standard_normal((9, 2048)).astype(np.float32)
-    y, exact, size = check(kernels, weight_format, x, 48)
-    assert np.abs((y - exact) / size).max() < 2e-3  # errors of single activations cancel out
+    y, exact, size = check(kernels, weight_format, x, 48, terms)
+    assert np.abs((y - exact) / size).max() < largest  # errors of single activations cancel out
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e20, 1e36])
@@ -96,9 +97,10 @@ def test_extreme_codes(kernels, weight_format, code):
     tiles = pack_tile16(weight_format, planes)
     for sign in (1.0, -1.0):
         x = np.full((3, depth), sign, np.float32)
-        np.testing.assert_allclose(
-            kernels.matmul(weight_format, tiles, x, columns), x @ weights.T, rtol=1e-5, atol=1e-3
-        )
+        x[1:, ::32] = -3 * sign  # the rest of the group gets the code at the other end
+        y = kernels.matmul(weight_format, tiles, x, columns)
+        size = np.abs(x) @ np.abs(weights).T
+        assert (np.abs(y - x.astype(np.float64) @ weights.T) <= 1e-5 * size + 1e-3).all()
 
 
 @pytest.mark.parametrize("weight_format", BLOCKED)
@@ -106,17 +108,57 @@ def test_rows_do_not_mix(kernels, weight_format):
     planes, _ = random_weights(weight_format, 40, 512)
     tiles = pack_tile16(weight_format, planes)
     x = np.random.default_rng(6).standard_normal((33, 512)).astype(np.float32)
-    alone = kernels.matmul(weight_format, tiles, x[20:21], 40)
-    np.testing.assert_allclose(kernels.matmul(weight_format, tiles, x, 40)[20:21], alone, rtol=1e-5, atol=1e-5)
+    for terms in TERMS:
+        alone = kernels.matmul(weight_format, tiles, x[20:21], 40, terms)
+        together = kernels.matmul(weight_format, tiles, x, 40, terms)[20:21]
+        np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_nan_reaches_its_row_alone(kernels):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("terms", TERMS)
+def test_what_is_not_finite_reaches_its_row_alone(kernels, value, terms):
     planes, _ = random_weights("q4_0", 16, 64)
-    x = np.ones((3, 64), np.float32)
-    x[1, 3] = np.nan
-    y = kernels.matmul("q4_0", pack_tile16("q4_0", planes), x, 16)
+    planes["qs"][3] = 0x88  # weights that are zero
+    x = np.random.default_rng(7).standard_normal((3, 64)).astype(np.float32)
+    x[1, 3] = value
+    y = kernels.matmul("q4_0", pack_tile16("q4_0", planes), x, 16, terms)
     assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
     assert np.isfinite(y[[0, 2]]).all()
+
+
+def gate(y):
+    """silu(gate) * up of float64 [rows, 2 * columns]."""
+    gates, ups = torch.from_numpy(y).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gates) * ups).numpy()
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_gated(kernels, weight_format, rows, terms):
+    """Against the composition of multiplying, gating and quantising."""
+    block = max(32, FORMATS[weight_format].block_size)
+    for columns, depth in ((32, block), (96, 2 * block)):
+        x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32)
+        planes, _ = random_weights(weight_format, 2 * columns, depth)
+        tiles = pack_tile16(weight_format, planes)
+        y = kernels.matmul(weight_format, tiles, x, 2 * columns, terms)
+        packed = kernels.gated_matmul(weight_format, tiles, kernels.quantize(x, terms), rows, columns, depth, terms)
+        expected = gate(y.astype(np.float64))
+        error = np.abs(dequantize_activations(packed, rows, columns) - expected)
+        assert (error <= rounding_bound(expected) + 1e-6 * np.abs(expected)).all()
+
+
+def test_gates_of_any_size(kernels):
+    """Gates far from zero: the exponential stays within its range."""
+    planes, weights = random_weights("q8_0", 64, 32, scale=10.0)
+    x = np.random.default_rng(8).standard_normal((5, 32)).astype(np.float32)
+    tiles = pack_tile16("q8_0", planes)
+    expected = gate(kernels.matmul("q8_0", tiles, x, 64).astype(np.float64))
+    assert np.abs(x @ weights[:32].T).max() > 1000
+    packed = kernels.gated_matmul("q8_0", tiles, kernels.quantize(x), 5, 32, 32)
+    error = np.abs(dequantize_activations(packed, 5, 32) - expected)
+    assert (error <= rounding_bound(expected) + 1e-6 * np.abs(expected)).all()
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -1,0 +1,169 @@
+// Quantised weights of 16 rows, a group of 32 columns at a time, from planes in layout tile16 (params/layouts.py).
+//
+// Whatever the format, a weight is scale * (code - zero point) + minimum, with a code that has no sign.
+#pragma once
+
+#include "activations.h"
+#include "lanes.h"
+
+enum { STEPS = 8 };             // of 4 weights each in a group
+enum { PREFETCH_GROUPS = 48 };  // how far ahead
+
+typedef enum { Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K } format;
+
+// The planes of a matrix; those that a format lacks are null. A block is a group, and 8 groups in K-quants.
+typedef struct {
+  const f16* d;           // [tiles, blocks, 16]
+  const f16* m;           // [tiles, blocks, 16]
+  const uint8_t* scales;  // [tiles, blocks, 12 or 16, 16]
+  const uint8_t* codes;   // [tiles, groups, 4 or 8, 16, 4]: two nibbles or one byte
+  const uint8_t* high;    // [tiles, groups, 1 or 2, 16, 4]: eight times one bit or four times two
+} weight_planes;
+
+// One group of 32 weights of 16 rows. The halves differ in q6_k only.
+typedef struct {
+  u8x64 codes[STEPS];
+  f32x16 scale[2];
+  f32x16 minimum;
+  f32x16 sum;  // of the weights
+} weight_group;
+
+INLINE int zero_point(const format f) { return f == Q4_0 ? 8 : f == Q8_0 ? 128 : f == Q6_K ? 32 : 0; }
+INLINE int has_minimum(const format f) { return f == Q4_1 || f == Q4_K || f == Q5_K; }
+INLINE int halves(const format f) { return f == Q6_K ? 2 : 1; }  // that have a scale of their own
+
+// Bytes of a group.
+INLINE size_t code_bytes(const format f) { return f == Q8_0 ? 512 : 256; }
+INLINE size_t high_bytes(const format f) { return f == Q5_K ? 64 : f == Q6_K ? 128 : 0; }
+
+// sum + codes * activations, where only those of q8_0 take all 8 bits.
+INLINE i32x16 dot_codes(const format f, i32x16 sum, u8x64 codes, i8x64 activations) {
+  return f == Q8_0 ? dot_u8_i8(sum, codes, activations) : dot_u7_i8(sum, codes, activations);
+}
+
+INLINE u8x64 high_bits(const format f, const uint8_t* high, int step) {
+  if (f == Q5_K) {
+    u8x64 bits = load_u8(high);
+    return step < 4 ? (u8x64)((u16x32)bits << (4 - step)) & splat_u8(16) : bits_u8(bits, step - 4, 16);
+  }
+  u8x64 bits = load_u8(high + 64 * (step / 4));
+  return step % 4 < 2 ? (u8x64)((u16x32)bits << (4 - 2 * (step % 4))) & splat_u8(48)
+                      : bits_u8(bits, 2 * (step % 4) - 4, 48);
+}
+
+INLINE u8x64 unpack_step(const format f, const uint8_t* codes, const uint8_t* high, int step) {
+  if (f == Q8_0) return load_u8(codes + 64 * step) ^ splat_u8(128);
+  u8x64 nibbles = bits_u8(load_u8(codes + 64 * (step / 2)), 4 * (step % 2), 15);
+  return high_bytes(f) ? nibbles | high_bits(f, high, step) : nibbles;
+}
+
+// The sum of the steps first, first + 1, .. of `count` codes each, less `count * 4` zero points.
+INLINE f32x16 sum_codes(const format f, const u8x64* codes, int first, int count) {
+  const int at_once = f == Q8_0 ? 1 : f == Q6_K ? 4 : STEPS;  // that a byte holds the sum of
+  const i8x64 ones = (i8x64)splat_u8(1);
+  i32x16 sum = splat_i32(-4 * count * zero_point(f));
+  UNROLL for (int i = first; i < first + count; i += at_once) {
+    u8x64 partial = codes[i];
+    UNROLL for (int j = 1; j < at_once; ++j) partial += codes[i + j];
+    sum = dot_u8_i8(sum, partial, ones);
+  }
+  return f32_from_i32(sum);
+}
+
+INLINE f32x16 f32_from_u8(u8x16 x) { return f32_from_i32(__builtin_convertvector(x, i32x16)); }
+
+// Scale and minimum of group g of a block: 6 bits each, of the last four groups in two parts.
+INLINE void unpack_six_bit_scales(const uint8_t* scales, size_t g, f32x16 d, f32x16 dmin, weight_group* out) {
+  u8x16 scale, minimum, high = *(const u8x16_memory*)(scales + (g + 4) * LANES);
+  if (g < 4) {
+    scale = *(const u8x16_memory*)(scales + g * LANES) & 63;
+    minimum = high & 63;
+  } else {
+    scale = (high & 15) | (*(const u8x16_memory*)(scales + (g - 4) * LANES) >> 6 << 4);
+    minimum = (high >> 4) | (*(const u8x16_memory*)(scales + g * LANES) >> 6 << 4);
+  }
+  out->scale[0] = d * f32_from_u8(scale);
+  out->minimum = -dmin * f32_from_u8(minimum);
+}
+
+INLINE void unpack(const format f, const weight_planes* p, size_t tile, size_t groups, size_t g, weight_group* out) {
+  size_t index = tile * groups + g;
+  UNROLL for (int step = 0; step < STEPS; ++step) out->codes[step] =
+      unpack_step(f, p->codes + index * code_bytes(f), p->high + index * high_bytes(f), step);
+
+  const int is_k_quant = f == Q4_K || f == Q5_K || f == Q6_K;
+  size_t block = is_k_quant ? index / 8 : index;
+  f32x16 d = load_f16(p->d + block * LANES);
+  if (f == Q4_K || f == Q5_K) {
+    unpack_six_bit_scales(p->scales + block * 12 * LANES, index % 8, d, load_f16(p->m + block * LANES), out);
+  } else if (f == Q6_K) {
+    const int8_t* scales = (const int8_t*)p->scales + index * 2 * LANES;
+    UNROLL for (int half = 0; half < 2; ++half) out->scale[half] =
+        d * f32_from_i32(i32_from_i8(*(const i8x16_memory*)(scales + half * LANES)));
+  } else {
+    out->scale[0] = d;
+    if (f == Q4_1) out->minimum = load_f16(p->m + block * LANES);
+  }
+
+  const int steps = STEPS / halves(f);
+  out->sum = has_minimum(f) ? out->minimum * (float)GROUP : splat(0.0f);
+  UNROLL for (int half = 0; half < halves(f); ++half) out->sum +=
+      out->scale[half] * sum_codes(f, out->codes, half * steps, steps);
+}
+
+// Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.
+// Where the tile ends, tile `next` follows.
+INLINE void prefetch(const format f, const weight_planes* p, size_t tile, size_t next, size_t groups, size_t g) {
+  size_t ahead = g + PREFETCH_GROUPS;
+  size_t index = (ahead < groups ? tile : next - 1) * groups + ahead;
+  UNROLL for (size_t line = 0; line < code_bytes(f); line += 64)
+      __builtin_prefetch(p->codes + index * code_bytes(f) + line);
+  UNROLL for (size_t line = 0; line < high_bytes(f); line += 64)
+      __builtin_prefetch(p->high + index * high_bytes(f) + line);
+  if (f == Q6_K) {
+    __builtin_prefetch(p->scales + index * 2 * LANES);
+  } else if (f == Q4_K || f == Q5_K) {
+    __builtin_prefetch(p->scales + index * 24);
+  } else {
+    __builtin_prefetch(p->d + index * LANES);
+    if (f == Q4_1) __builtin_prefetch(p->m + index * LANES);
+  }
+}
+
+// The planes of a kernel's matrix as its arguments, and as they are read.
+#define Q4_0_ARGUMENTS const f16 *restrict d, size_t d_offset, const uint8_t *restrict qs, size_t qs_offset
+#define Q4_0_PLANES {.d = d + d_offset, .codes = qs + qs_offset}
+
+#define Q4_1_ARGUMENTS                                                                                         \
+  const f16 *restrict d, size_t d_offset, const f16 *restrict m, size_t m_offset, const uint8_t *restrict qs,  \
+      size_t qs_offset
+#define Q4_1_PLANES {.d = d + d_offset, .m = m + m_offset, .codes = qs + qs_offset}
+
+#define Q8_0_ARGUMENTS const f16 *restrict d, size_t d_offset, const int8_t *restrict qs, size_t qs_offset
+#define Q8_0_PLANES {.d = d + d_offset, .codes = (const uint8_t*)qs + qs_offset}
+
+#define Q4_K_ARGUMENTS                                                                                         \
+  const f16 *restrict d, size_t d_offset, const f16 *restrict dmin, size_t dmin_offset,                        \
+      const uint8_t *restrict scales, size_t scales_offset, const uint8_t *restrict qs, size_t qs_offset
+#define Q4_K_PLANES                                                                                            \
+  {.d = d + d_offset, .m = dmin + dmin_offset, .scales = scales + scales_offset, .codes = qs + qs_offset}
+
+#define Q5_K_ARGUMENTS                                                                                         \
+  const f16 *restrict d, size_t d_offset, const f16 *restrict dmin, size_t dmin_offset,                        \
+      const uint8_t *restrict scales, size_t scales_offset, const uint8_t *restrict qh, size_t qh_offset,      \
+      const uint8_t *restrict qs, size_t qs_offset
+#define Q5_K_PLANES                                                                                            \
+  {.d = d + d_offset,                                                                                          \
+   .m = dmin + dmin_offset,                                                                                    \
+   .scales = scales + scales_offset,                                                                           \
+   .codes = qs + qs_offset,                                                                                    \
+   .high = qh + qh_offset}
+
+#define Q6_K_ARGUMENTS                                                                                         \
+  const uint8_t *restrict ql, size_t ql_offset, const uint8_t *restrict qh, size_t qh_offset,                  \
+      const int8_t *restrict scales, size_t scales_offset, const f16 *restrict d, size_t d_offset
+#define Q6_K_PLANES                                                                                            \
+  {.d = d + d_offset,                                                                                          \
+   .scales = (const uint8_t*)scales + scales_offset,                                                           \
+   .codes = ql + ql_offset,                                                                                    \
+   .high = qh + qh_offset}
