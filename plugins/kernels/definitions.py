@@ -364,8 +364,3 @@ def _executables(target: Target, *kernels: Kernel) -> dict[str, str]:
     return {
         kernel.name: executable(kernel, executable_target, find_object(variant, kernel.object)) for kernel in kernels
     }
-
-
-def codes_bytes(columns: int, terms: int) -> int:
-    """Bytes of a row of quantised activations, see activations.h."""
-    return columns // GROUP * _GROUP_BYTES * terms

@@ -14,7 +14,7 @@ from iree.compiler import ir
 
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.plugins.calls import Site, find_calls
-from llmir_iree.plugins.kernels.definitions import codes_bytes
+from llmir_iree.plugins.kernels.definitions import quantized_type
 from llmir_iree.plugins.lowering import Lowering
 from llmir_iree.plugins.matching import (
     create,
@@ -75,10 +75,8 @@ def _without_whole_slices(x: ir.Value) -> ir.Value:
 
 
 def _quantize(x: ir.Value, terms: int) -> ir.Value:
-    *rows, columns = tensor_type(x).shape
-    assert columns is not None
-    codes = torch_type((*rows, codes_bytes(columns, terms)), "i8")
-    return create("llmir.quantize_activations", (x,), (codes,), {"terms": terms}).result
+    codes = quantized_type(tensor_type(x), terms)
+    return create("llmir.quantize_activations", (x,), (torch_type(codes.shape, codes.element),), {"terms": terms}).result
 
 
 def _reaches_attention(operation: ir.Operation, steps: int) -> bool:
