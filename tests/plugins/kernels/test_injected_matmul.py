@@ -13,64 +13,179 @@ from llmir_iree.params.layouts import pack_tile16
 from llmir_iree.plugins.calls import LlmirCall, TensorType
 from llmir_iree.plugins.kernels import build, definitions
 from llmir_iree.plugins.kernels import objects as objects_module
-from llmir_iree.plugins.kernels.definitions import accepts_quantized_matmul, quantized_matmul
+from llmir_iree.plugins.kernels.definitions import accepts_quantized_matmul, quantized_matmul, quantized_type
 from llmir_iree.targets import resolve_target
+from tests.plugins.kernels.conftest import dequantize_activations, rounding_bound
 
 TARGET = resolve_target("llvm-cpu")
 
 
 def matmul_call(weight_format, tiles, columns, depth, seq, layout="tile16"):
-    planes = tuple(TensorType(plane.shape, "f16" if plane.dtype == np.float16 else "i8") for plane in tiles.values())
     constants = (("format", weight_format), ("layout", layout), ("out_features", columns))
     y = TensorType((2, seq, columns), "f32")
-    return LlmirCall("quantized_matmul", (TensorType((2, seq, depth), "f32"), *planes), (y,), constants)
+    return LlmirCall("quantized_matmul", (TensorType((2, seq, depth), "f32"), *types_of(tiles)), (y,), constants)
 
 
 def module_of(call):
     """A module whose function `main` takes x and the planes of one call."""
-    functions = quantized_matmul(call, TARGET)
-    names = [f"%argument{index}" for index in range(len(call.operands))]
-    arguments = ", ".join(f"{name}: {operand}" for name, operand in zip(names, call.operands, strict=True))
-    operands = ", ".join(map(str, call.operands))
-    return "\n".join(functions.values()) + (
-        f"\nutil.func public @main({arguments}) -> {call.results[0]} {{\n"
-        f"  %y = util.call @{call.symbol}({', '.join(names)}) : ({operands}) -> {call.results[0]}\n"
-        f"  util.return %y : {call.results[0]}\n}}"
-    )
+    return wrap([(call, quantized_matmul, range(len(call.operands)))], call.operands, call.results)
 
 
-@pytest.mark.parametrize("weight_format", ["q4_0", "q4_1", "q8_0", "q6_k"])
-def test_compiled_module_multiplies(objects, weight_format, monkeypatch):
-    columns, depth = 41, 512
-    rng = np.random.default_rng(0)
+def wrap(steps, inputs, outputs):
+    """A module whose function `main` makes calls one after the other.
+
+    Each step is a call, its definition, and where its operands stand among the inputs and all results so far; the last
+    results are the outputs.
+    """
+    functions, lines = {}, []
+    values = [f"%input{index}" for index in range(len(inputs))]
+    arguments = ", ".join(f"{name}: {kind}" for name, kind in zip(values, inputs, strict=True))
+    for call, define, operands in steps:
+        functions |= define(call, TARGET)
+        results = [f"%value{len(values) + index}" for index in range(len(call.results))]
+        lines.append(
+            f"  {', '.join(results)} = util.call @{call.symbol}({', '.join(values[index] for index in operands)}) : "
+            f"({', '.join(map(str, call.operands))}) -> ({', '.join(map(str, call.results))})"
+        )
+        values += results
+    types = ", ".join(map(str, outputs))
+    lines.append(f"  util.return {', '.join(values[-len(outputs) :])} : {types}")
+    body = "\n".join(lines)
+    return "\n".join(functions.values()) + f"\nutil.func public @main({arguments}) -> ({types}) {{\n{body}\n}}"
+
+
+def random_planes(rng, weight_format, columns, depth, scale=1.0):
+    """Tiles of a random matrix as a module takes them, and the float64 weights that they stand for."""
     shapes = FORMATS[weight_format].plane_shapes(columns, depth)
     planes = {}
     for plane in FORMATS[weight_format].planes:
         shape = shapes[plane.name]
         if plane.dtype == np.float16:
-            planes[plane.name] = rng.standard_normal(shape).astype(np.float16)
+            planes[plane.name] = (rng.standard_normal(shape) * scale).astype(np.float16)
         else:
             planes[plane.name] = rng.integers(0, 256, shape, np.uint8).view(plane.dtype)
-    tiles = pack_tile16(weight_format, planes)
-    call = matmul_call(weight_format, tiles, columns, depth, None)
-    assert accepts_quantized_matmul(call, TARGET)
+    weights = dequantize(weight_format, [torch.from_numpy(plane) for plane in planes.values()]).double().numpy()
+    return pack_tile16(weight_format, planes), weights
+
+
+def as_arguments(tiles):
+    """Tiles with their unsigned bytes as the signless ones of a module."""
+    return [plane.view(np.int8) if plane.dtype == np.uint8 else plane for plane in tiles.values()]
+
+
+def types_of(tiles):
+    """Types of a module's arguments that are tiles."""
+    return tuple(TensorType(plane.shape, "f16" if plane.dtype == np.float16 else "i8") for plane in tiles.values())
+
+
+@pytest.fixture
+def load(objects, monkeypatch):
+    """Compile a module with one instruction set's kernels, which `wrap` finds while it runs, and load it."""
     monkeypatch.setattr(objects_module, "PACKAGED", objects.parent)
     monkeypatch.setattr(definitions, "choose_variant", lambda *_: build.VARIANTS[objects.name])
-    text = module_of(call)
-    with ir.Context(), ir.Location.unknown():
-        ir.Module.parse(text).operation.verify()
-    binary = compile_str(text, input_type="none", extra_args=TARGET.flags)
-    config = runtime.Config("local-sync")
-    instance = runtime.VmModule.copy_buffer(config.vm_instance, binary)
-    module = runtime.load_vm_module(instance, config)
 
-    weights = dequantize(weight_format, [torch.from_numpy(plane) for plane in planes.values()]).double().numpy()
+    def compile_and_load(text):
+        with ir.Context(), ir.Location.unknown():
+            ir.Module.parse(text).operation.verify()
+        binary = compile_str(text, input_type="none", extra_args=TARGET.flags)
+        config = runtime.Config("local-sync")
+        return runtime.load_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, binary), config)
+
+    return compile_and_load
+
+
+def relative_error(y, x, weights):
+    """Largest error of a product, as a part of what the magnitudes of its terms add up to."""
+    return (np.abs(y - x @ weights.T) / (np.abs(x) @ np.abs(weights).T)).max()
+
+
+@pytest.mark.parametrize("weight_format", ["q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"])
+def test_compiled_module_multiplies(load, weight_format):
+    columns, depth = 41, 512
+    rng = np.random.default_rng(0)
+    tiles, weights = random_planes(rng, weight_format, columns, depth)
+    call = matmul_call(weight_format, tiles, columns, depth, None)
+    assert accepts_quantized_matmul(call, TARGET)
+    module = load(module_of(call))
     for seq in (1, 5):
         x = rng.standard_normal((2, seq, depth)).astype(np.float32)
-        y = module.main(x, *(plane.view(np.int8) if plane.dtype == np.uint8 else plane for plane in tiles.values()))
-        size = np.abs(x.astype(np.float64)) @ np.abs(weights).T
-        error = np.abs(y.to_host() - x.astype(np.float64) @ weights.T) / size
-        assert error.max() < 4e-3
+        y = module.main(x, *as_arguments(tiles)).to_host()
+        assert relative_error(y, x.astype(np.float64), weights) < 4e-3
+
+
+def test_compiled_module_runs_a_gated_layer(load):
+    """A norm of a sum, two terms of it times gates and ups, and the product of what they give."""
+    batch, depth, columns, width = 2, 256, 512, 41
+    rng = np.random.default_rng(1)
+    gated, gated_weights = random_planes(rng, "q4_0", 2 * columns, depth, 0.01)
+    down, down_weights = random_planes(rng, "q6_k", width, columns, 0.01)
+    x = TensorType((batch, None, depth), "f32")
+    codes = quantized_type(x, 2)
+    hidden = quantized_type(TensorType((batch, None, columns), "f32"), 1)
+    y = TensorType((batch, None, width), "f32")
+    weight = TensorType((depth,), "f32")
+    norm = (("epsilon", 1e-5), ("terms", 2))
+    up = (("format", "q4_0"), ("out_features", columns), ("terms", 2))
+    last = (("format", "q6_k"), ("out_features", width), ("terms", 1))
+    inputs = (x, x, weight, *types_of(gated), *types_of(down))
+    add = LlmirCall("add_norm_quantize", (x, x, weight), (x, codes), norm)
+    gate = LlmirCall("gated_multiply", (codes, *types_of(gated)), (hidden,), up)
+    multiply = LlmirCall("multiply", (hidden, *types_of(down)), (y,), last)
+    text = wrap(
+        [
+            (add, definitions.add_norm_quantize, (0, 1, 2)),
+            (gate, definitions.gated_multiply, (10, 3, 4)),
+            (multiply, definitions.multiply, (11, 5, 6, 7, 8)),
+        ],
+        inputs,
+        (y,),
+    )
+    module = load(text)
+    for seq in (1, 5):
+        values, residual = rng.standard_normal((2, batch, seq, depth)).astype(np.float32)
+        factors = rng.standard_normal(depth).astype(np.float32)
+        found = module.main(values, residual, factors, *as_arguments(gated), *as_arguments(down)).to_host()
+        total = (values + residual).astype(np.float64)
+        normed = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * factors
+        gates, ups = np.split(normed @ gated_weights.T, 2, axis=-1)
+        assert relative_error(found, gates / (1 + np.exp(-gates)) * ups, down_weights) < 4e-3
+
+
+def test_compiled_module_returns_sums_and_norms(load):
+    """The norm of a sum, which is a result too, and the norm of x alone, each times the same weights."""
+    depth, width = 256, 41
+    rng = np.random.default_rng(2)
+    tiles, weights = random_planes(rng, "q8_0", width, depth, 0.01)
+    x = TensorType((1, None, depth), "f32")
+    codes = quantized_type(x, 1)
+    y = TensorType((1, None, width), "f32")
+    weight = TensorType((depth,), "f32")
+    norm = (("epsilon", 1e-5), ("terms", 1))
+    constants = (("format", "q8_0"), ("out_features", width), ("terms", 1))
+    multiply = LlmirCall("multiply", (codes, *types_of(tiles)), (y,), constants)
+    both = LlmirCall("add_norm_quantize", (x, x, weight), (x, codes), norm)
+    one = LlmirCall("norm_quantize", (x, weight), (codes,), norm)
+    inputs = (x, x, weight, *types_of(tiles))
+    values, residual = rng.standard_normal((2, 1, 3, depth)).astype(np.float32)
+    factors = rng.standard_normal(depth).astype(np.float32)
+
+    def normed(total):
+        total = total.astype(np.float64)
+        return total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * factors
+
+    alone = load(
+        wrap([(one, definitions.norm_quantize, (0, 2)), (multiply, definitions.multiply, (5, 3, 4))], inputs, (y,))
+    )
+    found = alone.main(values, residual, factors, *as_arguments(tiles)).to_host()
+    assert relative_error(found, normed(values), weights) < 4e-3
+
+    summed = load(wrap([(both, definitions.add_norm_quantize, (0, 1, 2))], inputs[:3], (x, codes)))
+    total, packed = (result.to_host() for result in summed.main(values, residual, factors))
+    np.testing.assert_array_equal(total, values + residual)
+    error = np.abs(
+        dequantize_activations(np.ascontiguousarray(packed).view(np.uint8).reshape(-1), 3, depth) - normed(total)[0]
+    )
+    assert (error <= rounding_bound(normed(total)[0]) + 1e-6 * np.abs(normed(total)[0])).all()
 
 
 def test_only_tiles_are_accepted():
