@@ -31,7 +31,7 @@ _QUANTIZED_ROWS = 8
 _APPENDED_TOKENS = 8
 
 # What paged_attention.c is written for.
-_ATTENDED_QUERIES = 16
+_ATTENDED_QUERIES = 32
 _LARGEST_HEAD = 256
 
 _ACTIVATIONS = Buffer("i8", writes=True)

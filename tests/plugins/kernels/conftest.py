@@ -12,6 +12,7 @@ import torch
 from llmir_iree.plugins.kernels import build
 
 GROUP, RECORD_BYTES = 32, 48
+ATTENDED_QUERIES = 32
 
 # The instruction sets that this machine runs, by a flag of /proc/cpuinfo.
 _NEEDS = {"x86_64-avx512vnni": "avx512_vnni", "x86_64-avx2": "avx2", "x86_64-generic": "sse2"}
@@ -154,7 +155,7 @@ class Kernels:
         batch, seq = positions.shape
         sizes = (batch, seq, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer)
         self.dispatch(
-            "llmir_append_kv_f16",
+            f"llmir_append_kv_{_element(cache)}",
             (cache, key, value, page_table, positions),
             range(-(-batch * seq // tokens_per_workgroup)),
             lambda w: (*sizes, w, tokens_per_workgroup),
@@ -167,12 +168,75 @@ class Kernels:
         output = np.full_like(query, np.nan)
         sizes = (seq, heads, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer, window)
         self.dispatch(
-            "llmir_paged_attention_f16",
+            f"llmir_paged_attention_{_element(cache)}",
             (query, cache, page_table, positions, output),
-            np.ndindex(-(-seq * (heads // kv_heads) // 16), kv_heads, batch),
+            np.ndindex(-(-seq * (heads // kv_heads) // ATTENDED_QUERIES), kv_heads, batch),
             lambda w: (*sizes, float(scale), float(softcap), *w),
         )
         return output
+
+    def rope_append(self, cache, qkv, page_table, positions, rotation, layer, tokens_per_workgroup=2):
+        """Write the rotated keys and the values of `qkv` [batch, seq, columns] into the cache."""
+        _, layers, _, kv_heads, page_size, head_dim = cache.shape
+        batch, seq, columns = qkv.shape
+        sizes = (batch, seq, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer)
+        places = (columns, columns - 2 * kv_heads * head_dim, columns, columns - kv_heads * head_dim)
+        self.dispatch(
+            f"llmir_rope_append_{_element(cache)}",
+            (cache, qkv, qkv, page_table, positions, *rotation),
+            range(-(-batch * seq // tokens_per_workgroup)),
+            lambda w: (*sizes, *places, w, tokens_per_workgroup),
+        )
+
+    def rope_attend(self, qkv, cache, page_table, positions, rotation, layer, scale, window=0, softcap=0.0):
+        """Output [batch, seq, heads, head_dim] of the rotated queries in `qkv` [batch, seq, columns]."""
+        _, layers, _, kv_heads, page_size, head_dim = cache.shape
+        batch, seq, columns = qkv.shape
+        heads = columns // head_dim - 2 * kv_heads
+        output = np.full((batch, seq, heads, head_dim), np.nan, np.float32)
+        sizes = (seq, heads, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer, columns, 0, window)
+        self.dispatch(
+            f"llmir_rope_attend_{_element(cache)}",
+            (qkv, cache, page_table, positions, *rotation, output),
+            np.ndindex(-(-seq * (heads // kv_heads) // ATTENDED_QUERIES), kv_heads, batch),
+            lambda w: (*sizes, float(scale), float(softcap), *w),
+        )
+        return output
+
+    def rope_append_attend(
+        self, cache, qkv, page_table, positions, rotation, layer, scale, window=0, softcap=0.0, splits=1, order=1
+    ):
+        """Partials [batch, heads, splits, head_dim + 2]; the workgroups run forwards or backwards, as `order` says."""
+        _, layers, _, kv_heads, page_size, head_dim = cache.shape
+        batch, _, columns = qkv.shape
+        heads = columns // head_dim - 2 * kv_heads
+        partials = np.full((batch, heads, splits, head_dim + 2), np.nan, np.float32)
+        sizes = (heads, kv_heads, head_dim, page_size, page_table.shape[1], layers, layer)
+        key_first, value_first = heads * head_dim, (heads + kv_heads) * head_dim
+        places = (columns, 0, columns, key_first, columns, value_first)
+        self.dispatch(
+            f"llmir_rope_append_attend_{_element(cache)}",
+            (cache, qkv, qkv, qkv, page_table, positions, *rotation, partials),
+            list(np.ndindex(splits, kv_heads, batch))[::order],
+            lambda w: (*sizes, *places, window, float(scale), float(softcap), splits, *w),
+        )
+        return partials
+
+    def merge(self, partials, columns_per_workgroup=512):
+        """Output [batch, 1, heads, head_dim] of partials."""
+        batch, heads, splits, head_dim = (*partials.shape[:3], partials.shape[3] - 2)
+        output = np.full((batch, 1, heads, head_dim), np.nan, np.float32)
+        self.dispatch(
+            "llmir_merge_attention",
+            (partials, output),
+            np.ndindex(-(-heads * head_dim // columns_per_workgroup), batch),
+            lambda w: (heads, head_dim, splits, *w, columns_per_workgroup),
+        )
+        return output
+
+
+def _element(cache):
+    return {"float16": "f16", "bfloat16": "bf16"}[cache.dtype.name]
 
 
 def _codes(rows, columns, terms):

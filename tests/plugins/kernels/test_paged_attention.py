@@ -1,5 +1,6 @@
 """Attention against the op's reference; whatever a query must not see is NaN, or a page that does not exist."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ ABSENT = -(2**31)
 LAYER, LAYERS = 1, 2
 
 
-def scene(lengths, seq, heads=4, kv_heads=2, head_dim=64, page_size=16, seed=0, ahead=0):
+def scene(lengths, seq, heads=4, kv_heads=2, head_dim=64, page_size=16, seed=0, ahead=0, dtype=np.float16):
     """A cache in which each row holds `length` positions, and queries for its last `seq`; short rows are padded.
 
     `ahead` more positions are stored than any query may see.
@@ -20,7 +21,7 @@ def scene(lengths, seq, heads=4, kv_heads=2, head_dim=64, page_size=16, seed=0, 
     used = [-(-length // page_size) for length in stored]
     table = np.full((len(lengths), max(used) + 2), ABSENT, np.int32)
     order = rng.permutation(sum(used)).astype(np.int32) + 1
-    cache = np.full((sum(used) + 1, LAYERS, 2, kv_heads, page_size, head_dim), np.nan, np.float16)
+    cache = np.full((sum(used) + 1, LAYERS, 2, kv_heads, page_size, head_dim), np.nan, dtype)
     for row, length in enumerate(stored):
         table[row, : used[row]], order = order[: used[row]], order[used[row] :]
         for position in range(length):
@@ -37,7 +38,7 @@ def scene(lengths, seq, heads=4, kv_heads=2, head_dim=64, page_size=16, seed=0, 
 def reference(query, cache, table, positions, scale, window, softcap):
     """The eager op. It gathers whole tables, so that absent entries become the page of NaN."""
     present = np.where(table == ABSENT, 0, table)
-    tensors = [torch.from_numpy(array) for array in (query, cache, present, positions)]
+    tensors = [torch.from_numpy(array) for array in (query, cache.astype(np.float32), present, positions)]
     return ops.paged_attention(*tensors, LAYER, scale, window, softcap)[0].numpy()
 
 
@@ -79,6 +80,12 @@ def test_groups_of_heads(kernels, heads, kv_heads):
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 80, 128, 256])
 def test_head_sizes(kernels, head_dim):
     check(kernels, scene([19], 3, head_dim=head_dim), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("seq", [1, 2, 21])
+@pytest.mark.parametrize("head_dim", [24, 64])
+def test_a_cache_of_bfloat16(kernels, seq, head_dim):
+    check(kernels, scene([37, 4], seq, 6, head_dim=head_dim, dtype=ml_dtypes.bfloat16), window=30)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 8, 20, 32])
