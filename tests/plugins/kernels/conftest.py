@@ -41,7 +41,11 @@ def guarded(array):
 
 
 _RECORD = np.dtype(
-    [("codes", np.int8, GROUP), ("scale", np.float32), ("offset", np.float32), ("code_sums", np.int32, 2)]
+    [
+        ("codes", np.int8, GROUP),
+        *((name, np.float32) for name in ("scale", "offset")),
+        *((name, np.int32) for name in ("code_sum", "low_code_sum")),
+    ]
 )
 
 
