@@ -112,15 +112,23 @@ class Kernels:
         return output
 
 
+_FLAGS = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+
+
 def _runnable():
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     return [
         pytest.param(
             name,
-            marks=pytest.mark.skipif(need not in flags, reason=f"needs a processor with {need}"),
+            marks=pytest.mark.skipif(need not in _FLAGS, reason=f"needs a processor with {need}"),
         )
         for name, need in _NEEDS.items()
     ]
+
+
+@pytest.fixture(scope="session")
+def runnable():
+    """Names of the variants that this machine runs."""
+    return {name for name, need in _NEEDS.items() if need in _FLAGS}
 
 
 @pytest.fixture(scope="session", params=_runnable())

@@ -55,7 +55,7 @@ def test_compiled_module_multiplies(objects, weight_format, monkeypatch):
     call = matmul_call(weight_format, tiles, columns, depth, None)
     assert accepts_quantized_matmul(call, TARGET)
     monkeypatch.setattr(objects_module, "PACKAGED", objects.parent)
-    monkeypatch.setattr(definitions, "choose_variant", lambda *_: build.VARIANTS[objects.name])
+    monkeypatch.setattr(definitions, "find_variants", lambda _: [build.VARIANTS[objects.name]])
     text = module_of(call)
     with ir.Context(), ir.Location.unknown():
         ir.Module.parse(text).operation.verify()
