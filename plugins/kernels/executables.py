@@ -23,8 +23,7 @@ _TARGET = re.compile(r"#hal\.executable\.target<[^{}]*\{[^{}]*\}>")
 # What numbers a workgroup: its place in an array of such elements.
 _WORKGROUP = {"workgroup_x": (0, "i32"), "workgroup_y": (1, "i32"), "workgroup_z": (4, "i16")}
 
-# Where the runtime says that a processor has a feature, after iree/schemas/cpu_feature_bits.inl. The features of a
-# variant that it does not know are those that every processor has that has the others.
+# Where the runtime says that a processor has a feature, after iree/schemas/cpu_feature_bits.inl.
 _FEATURE_BITS = {
     "x86_64": {
         **{"avx": 10, "fma": 11, "f16c": 14, "avx2": 15},
@@ -32,6 +31,9 @@ _FEATURE_BITS = {
     },
     "aarch64": {"dotprod": 12, "i8mm": 13},
 }
+
+# Features that the runtime does not know; every processor with AVX2 has them.
+_IMPLIED = frozenset({"bmi", "bmi2", "lzcnt", "movbe"})
 
 
 @dataclass(frozen=True)
@@ -166,4 +168,4 @@ def _calls(kernel: Kernel, signature: str, variants: Sequence[Variant]) -> Itera
 def _feature_bits(variant: Variant) -> int:
     """What the runtime's description of a processor has set if the variant runs there."""
     bits = _FEATURE_BITS[variant.architecture]
-    return sum(1 << bits[feature] for feature in variant.features if feature in bits)
+    return sum(1 << bits[feature] for feature in variant.features - _IMPLIED)
