@@ -1,4 +1,4 @@
-"""Compiles the kernels: to freestanding objects for every instruction set, and to a shared library for tests.
+"""Compiles the kernels: to freestanding objects for every instruction set, and to what tests load or run.
 
 The compiler is the clang inside the `ziglang` package, which brings every target along; it is needed to build the
 wheel, not to use it.
@@ -11,7 +11,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ COMPILER_VERSION = "0.17.1"
 # The compiler may contract a product and a sum within one expression: the kernels count on it, and separate what must
 # not be. Freestanding keeps it from turning loops into calls of memcpy.
 _FLAGS = ("-std=c17", "-O3", "-ffreestanding", "-ffp-contract=on", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
-_OBJECT_FLAGS = ("-c", "-fPIC", "-fno-stack-protector", "-fno-sanitize=all", "-fno-asynchronous-unwind-tables", "-g0")
+_FREESTANDING_FLAGS = ("-fno-stack-protector", "-fno-sanitize=all", "-fno-asynchronous-unwind-tables", "-g0")
 
 # Registers that belong to some of the systems on which the same object runs.
 _RESERVED = {"aarch64": ("-ffixed-x18",)}
@@ -109,6 +109,16 @@ def build_objects(directory: Path, variant: Variant) -> list[Path]:
         return list(pool.map(lambda source: _build_object(folder, variant, source), sources()))
 
 
+def build_program(target: Path, variant: Variant, inputs: Sequence[Path], flags: Sequence[str] = ()) -> Path:
+    """Link freestanding code and objects into a Linux program without a C library, to be run by tests.
+
+    Raises:
+        KernelBuildError: the compiler fails.
+    """
+    _compile(variant, "linux-none", inputs, target, ("-static", "-nostdlib", *_FREESTANDING_FLAGS, *flags))
+    return target
+
+
 def build_library(target: Path, variant: Variant) -> Path:
     """Compile all kernels into one shared library for this machine's system, to be loaded by tests.
 
@@ -123,7 +133,7 @@ def build_library(target: Path, variant: Variant) -> Path:
 def _build_object(folder: Path, variant: Variant, source: Path) -> Path:
     target = folder / f"{source.stem}.o"
     reserved = _RESERVED.get(variant.architecture, ())
-    _compile(variant, "freestanding-none", [source], target, (*_OBJECT_FLAGS, *reserved))
+    _compile(variant, "freestanding-none", [source], target, ("-c", "-fPIC", *_FREESTANDING_FLAGS, *reserved))
     missing = undefined_symbols(target)
     if missing:
         raise KernelBuildError(f"{source.name} for {variant.name} needs {', '.join(missing)}: not freestanding")
@@ -195,7 +205,7 @@ class _Elf:
         return self.names[symbol.name : self.names.index(b"\0", symbol.name)].decode()
 
 
-def _compile(variant: Variant, system: str, inputs: list[Path], target: Path, flags: tuple[str, ...]) -> None:
+def _compile(variant: Variant, system: str, inputs: Sequence[Path], target: Path, flags: Sequence[str]) -> None:
     if importlib.util.find_spec("ziglang") is None:
         raise KernelBuildError("kernels are compiled with the package ziglang, which is not installed")
     command = [
