@@ -15,7 +15,8 @@ typedef struct {
   int8_t codes[GROUP];  // -127 to 127
   float scale;
   float offset;
-  int32_t code_sums[2];  // of either half: the partner of a format's zero point or minimum
+  int32_t code_sum;      // of all: the partner of a format's zero point or minimum
+  int32_t low_code_sum;  // of the first 16
 } activation_group;
 
 _Static_assert(sizeof(activation_group) == 48, "the layout is shared with the caller, who allocates it");

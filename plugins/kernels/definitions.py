@@ -9,13 +9,12 @@ from string import Template
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.params.layouts import GROUP, TILE16, TILE_ROWS, has_tile16, tile16_shapes
 from llmir_iree.plugins.calls import LlmirCall, TensorType, extent
-from llmir_iree.plugins.kernels.build import choose_variant
 from llmir_iree.plugins.kernels.executables import (
     Buffer,
     Kernel,
     executable,
+    find_variants,
     read_executable_target,
-    read_processor,
 )
 from llmir_iree.plugins.kernels.objects import find_object
 from llmir_iree.plugins.lowering import Target
@@ -354,13 +353,15 @@ def _fill(template: str, **values: object) -> str:
 def _has_kernels(target: Target) -> bool:
     if target.family != "llvm-cpu":
         return False
-    return choose_variant(*read_processor(read_executable_target(target.flags))) is not None
+    return bool(find_variants(read_executable_target(target.flags)))
 
 
 def _executables(target: Target, *kernels: Kernel) -> dict[str, str]:
     executable_target = read_executable_target(target.flags)
-    variant = choose_variant(*read_processor(executable_target))
-    assert variant is not None
+    variants = find_variants(executable_target)
     return {
-        kernel.name: executable(kernel, executable_target, find_object(variant, kernel.object)) for kernel in kernels
+        kernel.name: executable(
+            kernel, executable_target, {variant: find_object(variant, kernel.object) for variant in variants}
+        )
+        for kernel in kernels
     }

@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 enum { LANES = 16 };
@@ -18,6 +20,9 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int16_t i16x32 __attribute__((vector_size(64)));
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+#if defined(__aarch64__)
+typedef __fp16 h16x16 __attribute__((vector_size(32)));
+#endif
 typedef int8_t i8x64 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
@@ -55,52 +60,44 @@ INLINE i32x16 select_i32(i32x16 mask, i32x16 a, i32x16 b) { return (mask & a) | 
 // A NaN in `b` stays, one in `a` is dropped.
 INLINE f32x16 max_f32(f32x16 a, f32x16 b) { return select_f32((i32x16)(a > b), a, b); }
 
-INLINE i32x16 max_i32(i32x16 a, i32x16 b) {
-#if defined(__AVX512F__)
-  return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#else
-  return select_i32((i32x16)(a > b), a, b);
-#endif
-}
+INLINE i32x16 max_i32(i32x16 a, i32x16 b) { return select_i32((i32x16)(a > b), a, b); }
+
+// Lanes 8, 4, 2 or 1 and on as lanes 0 and on: to halve what is left to reduce. The rest of the result means nothing.
+#define UPPER_8(x) __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15)
+#define UPPER_4(x) __builtin_shufflevector(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7)
+#define UPPER_2(x) __builtin_shufflevector(x, x, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3)
+#define UPPER_1(x) __builtin_shufflevector(x, x, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
 
 INLINE int32_t reduce_max_i32(i32x16 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epi32((__m512i)x);
-#else
-  int32_t most = x[0];
-  UNROLL for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
-  return most;
-#endif
+  x = max_i32(x, UPPER_8(x));
+  x = max_i32(x, UPPER_4(x));
+  x = max_i32(x, UPPER_2(x));
+  x = max_i32(x, UPPER_1(x));
+  return x[0];
 }
 
 INLINE int32_t reduce_add_i32(i32x16 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32((__m512i)x);
-#else
-  int32_t sum = 0;
-  UNROLL for (int i = 0; i < LANES; ++i) sum += x[i];
-  return sum;
-#endif
+  x += UPPER_8(x);
+  x += UPPER_4(x);
+  x += UPPER_2(x);
+  x += UPPER_1(x);
+  return x[0];
 }
 
 INLINE float reduce_max_f32(f32x16 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float most = x[0];
-  UNROLL for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
-  return most;
-#endif
+  x = max_f32(x, UPPER_8(x));
+  x = max_f32(x, UPPER_4(x));
+  x = max_f32(x, UPPER_2(x));
+  x = max_f32(x, UPPER_1(x));
+  return x[0];
 }
 
 INLINE float reduce_add_f32(f32x16 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float sum = 0;
-  UNROLL for (int i = 0; i < LANES; ++i) sum += x[i];
-  return sum;
-#endif
+  x += UPPER_8(x);
+  x += UPPER_4(x);
+  x += UPPER_2(x);
+  x += UPPER_1(x);
+  return x[0];
 }
 
 // Lane i of the result is the sum over the lanes of x[i]; x is overwritten. Each step adds the two halves of what is
@@ -125,17 +122,31 @@ INLINE f32x16 reduce_add_each(f32x16 x[LANES]) {
 INLINE f32x16 f32_from_i32(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 INLINE i32x16 i32_from_i8(i8x16 x) { return __builtin_convertvector(x, i32x16); }
 
-// Halves. In software: the exponent is moved with a multiplication, which also makes the denormals right.
+// Halves. In software: moving the exponent makes them floats, but for denormals, which are integers times 2^-24. A
+// denormal float must not appear on the way, as IREE has the processor flush those to zero.
 INLINE f32x16 f32_from_f16(u16x16 x) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+  union {
+    u16x16 whole;
+    __m128i part[2];
+  } in = {x};
+  union {
+    __m256 part[2];
+    f32x16 whole;
+  } out;
+  UNROLL for (int i = 0; i < 2; ++i) out.part[i] = _mm256_cvtph_ps(in.part[i]);
+  return out.whole;
+#elif defined(__aarch64__)
+  return __builtin_convertvector((h16x16)x, f32x16);
 #else
-  u32x16 bits = __builtin_convertvector(x, u32x16);
-  u32x16 sign = (bits & 0x8000u) << 16;
-  u32x16 magnitude = (bits & 0x7fffu) << 13;
-  f32x16 scaled = (f32x16)magnitude * 0x1p112f;
-  u32x16 special = (u32x16)(i32x16)(magnitude >= (0x7c00u << 13));  // infinities and NaN keep the largest exponent
-  return (f32x16)((u32x16)scaled | sign | (special & 0x7f800000u));
+  i32x16 bits = __builtin_convertvector(x, i32x16);
+  i32x16 sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  i32x16 special = (i32x16)(magnitude >= 0x7c00) & (112 << 23);  // infinities and NaN keep the largest exponent
+  i32x16 normal = (magnitude << 13) + (112 << 23) + special;
+  f32x16 denormal = f32_from_i32(magnitude) * 0x1p-24f;
+  return (f32x16)(select_i32((i32x16)(magnitude < 0x400), (i32x16)denormal, normal) | sign);
 #endif
 }
 
@@ -146,14 +157,14 @@ INLINE f32x16 load_bf16(const bf16* p) {
 }
 
 INLINE float f32_from_f16_scalar(f16 x) {
+  uint32_t magnitude = x & 0x7fffu;
   union {
-    uint32_t bits;
     float value;
-  } scaled = {(uint32_t)(x & 0x7fffu) << 13};
-  int special = scaled.bits >= (0x7c00u << 13);
-  scaled.value *= 0x1p112f;
-  scaled.bits |= ((x & 0x8000u) << 16) | (special ? 0x7f800000u : 0u);
-  return scaled.value;
+    uint32_t bits;
+  } out = {(float)magnitude * 0x1p-24f};
+  if (magnitude >= 0x400) out.bits = (magnitude << 13) + ((magnitude < 0x7c00 ? 112u : 224u) << 23);
+  out.bits |= (x & 0x8000u) << 16;
+  return out.value;
 }
 
 // Rounds to the nearest half, ties to even; what is too large becomes infinite, a NaN stays one.
@@ -181,6 +192,15 @@ INLINE f16 f16_from_f32_scalar(float x) {
 INLINE void store_f16(f16* p, f32x16 x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  union {
+    f32x16 whole;
+    __m256 part[2];
+  } in = {x};
+  UNROLL for (int i = 0; i < 2; ++i)
+    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph(in.part[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  *(u16x16_memory*)p = (u16x16)__builtin_convertvector(x, h16x16);
 #else
   for (int i = 0; i < LANES; ++i) p[i] = f16_from_f32_scalar(x[i]);
 #endif
@@ -193,37 +213,90 @@ INLINE void store_f16(f16* p, f32x16 x) {
 // Four bytes in every lane.
 INLINE i8x64 splat_4i8(const int8_t* p) { return (i8x64)splat_i32((int32_t)*(const u32_memory*)p); }
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+enum { PARTS = 2 };  // registers to a vector of 16 lanes
+typedef union {
+  u8x64 u8;
+  i8x64 i8;
+  i16x32 i16;
+  i32x16 i32;
+  __m256i part[PARTS];
+} parts;
+#elif defined(__ARM_FEATURE_DOTPROD)
+enum { PARTS = 4 };
+typedef union {
+  u8x64 u8;
+  i8x64 i8;
+  i32x16 i32;
+  uint8x16_t u8_part[PARTS];
+  int8x16_t i8_part[PARTS];
+  int32x4_t i32_part[PARTS];
+} parts;
+
+// sum + a[0] b[0] + a[1] b[1] + a[2] b[2] + a[3] b[3] in every lane, exactly.
+INLINE i32x16 dot_i8_i8(i32x16 sum, i8x64 a, i8x64 b) {
+  parts as = {.i8 = a}, bs = {.i8 = b}, out = {.i32 = sum};
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    out.i32_part[i] = vdotq_s32(out.i32_part[i], as.i8_part[i], bs.i8_part[i]);
+  return out.i32;
+}
+#endif
+
 // sum + a[0] b[0] + a[1] b[1] + a[2] b[2] + a[3] b[3] in every lane, exactly.
 INLINE i32x16 dot_u8_i8(i32x16 sum, u8x64 a, i8x64 b) {
 #if defined(__AVX512VNNI__)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  parts as = {.u8 = a}, bs = {.i8 = b}, out = {.i32 = sum};
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    out.i32_part[i] = vusdotq_s32(out.i32_part[i], as.u8_part[i], bs.i8_part[i]);
+  return out.i32;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  // a is taken as 128 + what is left of it with a sign.
+  u8x64 excess = splat_u8(128);
+  return dot_i8_i8(sum, (i8x64)(a ^ excess), b) - dot_i8_i8(splat_i32(0), (i8x64)excess, b);
 #else
   // Even and odd bytes apart. vpmaddubsw would be shorter, and would saturate.
   i16x32 even_a = (i16x32)((u16x32)a & 0xffu), odd_a = (i16x32)((u16x32)a >> 8);
   i16x32 even_b = (i16x32)((u16x32)b << 8) >> 8, odd_b = (i16x32)b >> 8;
 #if defined(__AVX2__)
-  union {
-    i16x32 whole;
-    __m256i half[2];
-  } ea = {even_a}, oa = {odd_a}, eb = {even_b}, ob = {odd_b};
-  union {
-    __m256i half[2];
-    i32x16 whole;
-  } products;
-  for (int i = 0; i < 2; ++i)
-    products.half[i] =
-        _mm256_add_epi32(_mm256_madd_epi16(ea.half[i], eb.half[i]), _mm256_madd_epi16(oa.half[i], ob.half[i]));
-  return sum + products.whole;
+  parts ea = {.i16 = even_a}, oa = {.i16 = odd_a}, eb = {.i16 = even_b}, ob = {.i16 = odd_b}, out;
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    out.part[i] = _mm256_add_epi32(_mm256_madd_epi16(ea.part[i], eb.part[i]), _mm256_madd_epi16(oa.part[i], ob.part[i]));
+  return sum + out.i32;
 #else
   // A product of two bytes fits 16 bits; their sums do not.
-  i32x16 even = (i32x16)(even_a * even_b), odd = (i32x16)(odd_a * odd_b);
-  return sum + ((i32x16)((u32x16)even << 16) >> 16) + (even >> 16) + ((i32x16)((u32x16)odd << 16) >> 16) + (odd >> 16);
+  i16x32 even = even_a * even_b, odd = odd_a * odd_b;
+  return sum + ((i32x16)((u32x16)even << 16) >> 16) + ((i32x16)even >> 16) +
+         ((i32x16)((u32x16)odd << 16) >> 16) + ((i32x16)odd >> 16);
 #endif
 #endif
 }
 
-// Bits `shift` and up of every byte, cut to `mask`; the neighbour's bits that a wider shift lets in are masked away.
-INLINE u8x64 bits_u8(u8x64 x, int shift, uint8_t mask) { return (u8x64)((u16x32)x >> shift) & splat_u8(mask); }
+// The same for `a` below 128, which takes fewer instructions where no dot product is of mixed signs.
+INLINE i32x16 dot_u7_i8(i32x16 sum, u8x64 a, i8x64 b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return dot_i8_i8(sum, (i8x64)a, b);
+#elif defined(__AVX2__) && !defined(__AVX512VNNI__)
+  // A sum of two products, at most 2 * 127 * 128, fits 16 bits.
+  parts as = {.u8 = a}, bs = {.i8 = b}, out;
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    out.part[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(as.part[i], bs.part[i]), _mm256_set1_epi16(1));
+  return sum + out.i32;
+#else
+  return dot_u8_i8(sum, a, b);
+#endif
+}
+
+// Bits `shift` and up of every byte, cut to `mask`.
+INLINE u8x64 bits_u8(u8x64 x, int shift, uint8_t mask) {
+#if defined(__aarch64__)
+  return (x >> shift) & splat_u8(mask);
+#else
+  // No instruction shifts bytes; the neighbour's bits that a wider shift lets in are masked away.
+  return (u8x64)((u16x32)x >> shift) & splat_u8(mask);
+#endif
+}
 
 // e^x, to within 2 ulp; below -87 the smallest normal number stands in. NaN stays.
 // Source of the polynomial: expf of the Cephes library, S. Moshier.
@@ -247,6 +320,3 @@ INLINE f32x16 exp_f32(f32x16 x) {
 }
 
 INLINE f32x16 tanh_f32(f32x16 x) { return 1.0f - 2.0f / (exp_f32(x + x) + 1.0f); }
-
-// dot_u8_i8 for a[i] < 128.
-INLINE i32x16 dot_u7_i8(i32x16 sum, u8x64 a, i8x64 b) { return dot_u8_i8(sum, a, b); }

@@ -5,17 +5,17 @@
 // multiplied with bytes, and the rest is a few operations for each row and group. The terms of an activation count as
 // so many records.
 //
-// A few records keep their sums in registers, and hide behind the weights' way from memory. For more, a group of two
-// tiles is unpacked into 16 registers, which then serve up to 32 rows; sums wait in the first cache.
+// A few records meet each step of the weights as it is unpacked, and hide behind the weights' way from memory. For more,
+// a group of two tiles is unpacked into 16 registers, which then serve up to 32 rows; sums wait in the first cache.
 #pragma once
 
 #include "weights.h"
 
-// Registers for the tiles that share the broadcasts of a row, and for the records that share a tile.
+// Tiles that share the broadcasts of a record, and records that share a tile: of few, and at a time of many.
 #if defined(__AVX512F__)
-enum { MAX_TILES = 2, FEW = 8 };
+enum { MAX_TILES = 2, FEW = 8, MANY_RECORDS = 2 };
 #else
-enum { MAX_TILES = 1, FEW = 2 };
+enum { MAX_TILES = 1, FEW = 2, MANY_RECORDS = 2 };
 #endif
 
 typedef struct {
@@ -29,104 +29,127 @@ typedef f32x16 tile_sums[BLOCK_ROWS][2];
 
 // The dot product of one half before its first step: what the zero point takes from every activation.
 INLINE i32x16 start_dot(const format f, const activation_group* x, int half) {
-  int32_t sum = halves(f) == 2 ? x->code_sums[half] : x->code_sums[0] + x->code_sums[1];
-  return splat_i32(-zero_point(f) * sum);
+  i32x16 sum = splat_i32(halves(f) == 2 ? x->low_code_sum : x->code_sum);
+  if (half == 1) sum = splat_i32(x->code_sum) - sum;
+  return zero_point(f) ? -(sum * zero_point(f)) : (i32x16){0};
 }
 
 INLINE f32x16 add_product(const format f, const weight_group* w, const activation_group* x, const int term,
                           const i32x16* dot, f32x16 sum) {
   f32x16 product = w->scale[0] * f32_from_i32(dot[0]);
   if (halves(f) == 2) product += w->scale[1] * f32_from_i32(dot[1]);
-  if (has_minimum(f)) product += w->minimum * (float)(x->code_sums[0] + x->code_sums[1]);
+  if (has_minimum(f)) product += w->minimum * f32_from_i32(splat_i32(x->code_sum));
   sum += product * x->scale;
   return term == 0 ? sum + w->sum * x->offset : sum;
 }
 
-// `rows` rows, at most FEW records, times one tile.
-INLINE void multiply_few(const format f, const int rows, const int terms, const matmul* m, size_t tile, size_t next,
-                         const activation_group* x, size_t stride, f32x16* sums, size_t sums_stride) {
-  f32x16 sum[FEW];
-  UNROLL for (int r = 0; r < rows; ++r) sum[r] = splat(0.0f);
-  for (size_t g = 0; g < m->groups; ++g, x += stride) {
-    weight_group w;
-    i32x16 dot[FEW][2];
-    prefetch(f, &m->planes, tile, next, m->groups, g);
-    unpack(f, &m->planes, tile, m->groups, g, &w);
-    UNROLL for (int half = 0; half < halves(f); ++half) {
-      const int steps = STEPS / halves(f);
-      UNROLL for (int i = 0; i < rows * terms; ++i) dot[i][half] = start_dot(f, x + i, half);
-      UNROLL for (int step = half * steps; step < (half + 1) * steps; ++step)
-          UNROLL for (int i = 0; i < rows * terms; ++i) dot[i][half] =
-              dot_codes(f, dot[i][half], w.codes[step], splat_4i8(x[i].codes + 4 * step));
-    }
-    UNROLL for (int i = 0; i < rows * terms; ++i) sum[i / terms] =
-        add_product(f, &w, x + i, i % terms, dot[i], sum[i / terms]);
-  }
-  UNROLL for (int r = 0; r < rows; ++r) sums[(size_t)r * sums_stride] = sum[r];
-}
-
-// One record times MAX_TILES tiles, added to their sums.
-INLINE void multiply_record(const format f, const weight_group* w, const activation_group* x, const int term,
-                            f32x16* sum) {
+// One group of `records` records times `tiles` tiles, whose weights are unpacked just before they are multiplied unless
+// that is done.
+INLINE void multiply_group(const format f, const int tiles, const int records, const int terms, const matmul* m,
+                           const size_t* index, const int is_unpacked, weight_group* w, const activation_group* x,
+                           f32x16 (*sums)[2]) {
   const int steps = STEPS / halves(f);
-  i32x16 dot[MAX_TILES][2];
+  i32x16 dot[FEW][MAX_TILES][2];
   UNROLL for (int half = 0; half < halves(f); ++half) {
-    UNROLL for (int t = 0; t < MAX_TILES; ++t) dot[t][half] = start_dot(f, x, half);
+    UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) dot[i][t][half] =
+        start_dot(f, x + i, half);
     UNROLL for (int step = half * steps; step < (half + 1) * steps; ++step) {
-      i8x64 codes = splat_4i8(x->codes + 4 * step);
-      UNROLL for (int t = 0; t < MAX_TILES; ++t) dot[t][half] = dot_codes(f, dot[t][half], w[t].codes[step], codes);
+      UNROLL for (int t = 0; t < tiles; ++t) if (!is_unpacked) unpack_step(f, &m->planes, index[t], step, &w[t]);
+      UNROLL for (int i = 0; i < records; ++i) {
+        i8x64 codes = splat_4i8(x[i].codes + 4 * step);
+        UNROLL for (int t = 0; t < tiles; ++t) dot[i][t][half] =
+            dot_codes(f, dot[i][t][half], w[t].codes[step], codes);
+      }
     }
   }
-  UNROLL for (int t = 0; t < MAX_TILES; ++t) sum[t] = add_product(f, &w[t], x, term, dot[t], sum[t]);
+  UNROLL for (int t = 0; t < tiles; ++t) if (!is_unpacked) unpack_scales(f, &m->planes, index[t], &w[t]);
+  UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) sums[i / terms][t] =
+      add_product(f, &w[t], x + i, i % terms, dot[i][t], sums[i / terms][t]);
 }
 
-// `rows` rows, up to a block, times MAX_TILES tiles; of these, the ones behind `last` are `last` again.
-INLINE void multiply_many(const format f, const int terms, const matmul* m, size_t tile, size_t last, size_t next,
-                          const activation_group* x, size_t stride, size_t rows, tile_sums sums) {
-  for (size_t r = 0; r < rows; ++r) UNROLL for (int t = 0; t < MAX_TILES; ++t) sums[r][t] = splat(0.0f);
-  for (size_t g = 0; g < m->groups; ++g, x += stride) {
-    weight_group w[MAX_TILES];
-    UNROLL for (int t = 0; t < MAX_TILES; ++t) {
-      size_t here = min_size(tile + (size_t)t, last);
-      prefetch(f, &m->planes, here, next + (size_t)t, m->groups, g);
-      unpack(f, &m->planes, here, m->groups, g, &w[t]);
-    }
+// Up to two tiles: `at_once` of them share broadcasts, the others come one after the other.
+typedef struct {
+  size_t tile[2], next[2];  // where the weights are, and which come after them
+} tile_pair;
+
+INLINE tile_pair pair_tiles(size_t tile, size_t last, size_t next, const int at_once) {
+  size_t second = min_size(tile + 1, last);
+  return at_once == 2 ? (tile_pair){{tile, second}, {next, next + 1}} : (tile_pair){{tile, second}, {second, next}};
+}
+
+// `rows` rows, at most FEW records, times a pair of tiles.
+INLINE void multiply_few(const format f, const int rows, const int terms, const matmul* m, size_t tile, size_t last,
+                         size_t next, const activation_group* x, size_t stride, f32x16 (*sums)[2]) {
+  const int at_once = rows * terms == 1 ? 1 : MAX_TILES;
+  const tile_pair pair = pair_tiles(tile, last, next, at_once);
+  for (int first = 0; first < 2; first += at_once) {
+    f32x16 local[FEW][2];
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) local[r][t] = splat(0.0f);
     const activation_group* record = x;
-    for (size_t r = 0; r < rows; ++r) {
-      UNROLL for (int term = 0; term < terms; ++term, ++record) {
-        multiply_record(f, w, record, term, sums[r]);
+    for (size_t g = 0; g < m->groups; ++g, record += stride) {
+      weight_group w[MAX_TILES];
+      size_t index[MAX_TILES];
+      UNROLL for (int t = 0; t < at_once; ++t) {
+        index[t] = pair.tile[first + t] * m->groups + g;
+        prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g);
+      }
+      multiply_group(f, at_once, rows * terms, terms, m, index, 0, w, record, local);
+    }
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) sums[r][first + t] = local[r][t];
+  }
+}
+
+// `rows` rows, up to a block, times a pair of tiles.
+INLINE void multiply_many(const format f, const int terms, const matmul* m, size_t tile, size_t last, size_t next,
+                          const activation_group* x, size_t stride, size_t rows, f32x16 (*sums)[2]) {
+  const tile_pair pair = pair_tiles(tile, last, next, MAX_TILES);
+  const size_t at_once = MANY_RECORDS / (size_t)terms;
+  for (size_t r = 0; r < rows; ++r) UNROLL for (int t = 0; t < 2; ++t) sums[r][t] = splat(0.0f);
+  for (int first = 0; first < 2; first += MAX_TILES) {
+    const activation_group* group = x;
+    for (size_t g = 0; g < m->groups; ++g, group += stride) {
+      weight_group w[MAX_TILES];
+      UNROLL for (int t = 0; t < MAX_TILES; ++t) {
+        size_t index = pair.tile[first + t] * m->groups + g;
+        prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g);
+        UNROLL for (int step = 0; step < STEPS; ++step) unpack_step(f, &m->planes, index, step, &w[t]);
+        unpack_scales(f, &m->planes, index, &w[t]);
+      }
+      const activation_group* record = group;
+      size_t r = 0;
+      for (; r + at_once <= rows; r += at_once, record += MANY_RECORDS) {
+        multiply_group(f, MAX_TILES, MANY_RECORDS, terms, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+        FINISH_BEFORE_LOADS(record);
+      }
+      for (; r < rows; ++r, record += terms) {
+        multiply_group(f, MAX_TILES, terms, terms, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
         FINISH_BEFORE_LOADS(record);
       }
     }
   }
 }
 
-// One block of rows, from `row` on, times tiles `tile` and `tile` + 1; a tile behind `last` is not there. `next` is the
-// tile that follows.
+// One block of rows, from `row` on, times tiles `tile` and `tile` + 1; a tile behind `last` is not there, and `last`
+// stands in for it. `next` is the tile that follows.
 INLINE void multiply_block(const format f, const int terms, const matmul* m, size_t tile, size_t last, size_t next,
                            size_t row, tile_sums sums) {
   size_t rows = min_size(BLOCK_ROWS, m->rows - row), stride;
   const activation_group* x = m->x + activation_index(m->rows, m->groups, (size_t)terms, row, &stride);
-  size_t tiles = min_size(2, last + 1 - tile);
   if (rows * (size_t)terms > FEW) {
-    for (size_t t = 0; t < tiles; t += MAX_TILES)
-      multiply_many(f, terms, m, tile + t, last, next, x, stride, rows, (f32x16(*)[2]) & sums[0][t]);
+    multiply_many(f, terms, m, tile, last, next, x, stride, rows, sums);
     return;
   }
-  for (size_t t = 0; t < tiles; ++t) {
-    size_t follows = t + 1 < tiles ? tile + 1 : next, r = 0;
-#define MULTIPLY_ROWS(n)                                                                                       \
-  if (n * terms <= FEW && rows - r >= n) {                                                                     \
-    multiply_few(f, n, terms, m, tile + t, follows, x + r * (size_t)terms, stride, &sums[r][t], 2);            \
-    r += n;                                                                                                    \
-    continue;                                                                                                  \
+#define MULTIPLY_ROWS(n)                                                                        \
+  if (n * terms <= FEW && rows - r >= n) {                                                      \
+    multiply_few(f, n, terms, m, tile, last, next, x + r * (size_t)terms, stride, sums + r);    \
+    r += n;                                                                                     \
+    continue;                                                                                   \
   }
-    while (r < rows) {
-      MULTIPLY_ROWS(8)
-      MULTIPLY_ROWS(4)
-      MULTIPLY_ROWS(2)
-      MULTIPLY_ROWS(1)
-    }
+  for (size_t r = 0; r < rows;) {
+    MULTIPLY_ROWS(8)
+    MULTIPLY_ROWS(4)
+    MULTIPLY_ROWS(2)
+    MULTIPLY_ROWS(1)
+  }
 #undef MULTIPLY_ROWS
-  }
 }

@@ -20,9 +20,11 @@ typedef struct {
   const uint8_t* high;    // [tiles, groups, 1 or 2, 16, 4]: eight times one bit or four times two
 } weight_planes;
 
-// One group of 32 weights of 16 rows. The halves differ in q6_k only.
+// One group of 32 weights of 16 rows, or part of it while it is unpacked. The halves differ in q6_k only.
 typedef struct {
   u8x64 codes[STEPS];
+  u8x64 byte_sum;       // of the codes of some steps
+  i32x16 code_sums[2];  // of a half, less its zero points
   f32x16 scale[2];
   f32x16 minimum;
   f32x16 sum;  // of the weights
@@ -51,23 +53,22 @@ INLINE u8x64 high_bits(const format f, const uint8_t* high, int step) {
                       : bits_u8(bits, 2 * (step % 4) - 4, 48);
 }
 
-INLINE u8x64 unpack_step(const format f, const uint8_t* codes, const uint8_t* high, int step) {
-  if (f == Q8_0) return load_u8(codes + 64 * step) ^ splat_u8(128);
-  u8x64 nibbles = bits_u8(load_u8(codes + 64 * (step / 2)), 4 * (step % 2), 15);
-  return high_bytes(f) ? nibbles | high_bits(f, high, step) : nibbles;
-}
-
-// The sum of the steps first, first + 1, .. of `count` codes each, less `count * 4` zero points.
-INLINE f32x16 sum_codes(const format f, const u8x64* codes, int first, int count) {
-  const int at_once = f == Q8_0 ? 1 : f == Q6_K ? 4 : STEPS;  // that a byte holds the sum of
-  const i8x64 ones = (i8x64)splat_u8(1);
-  i32x16 sum = splat_i32(-4 * count * zero_point(f));
-  UNROLL for (int i = first; i < first + count; i += at_once) {
-    u8x64 partial = codes[i];
-    UNROLL for (int j = 1; j < at_once; ++j) partial += codes[i + j];
-    sum = dot_u8_i8(sum, partial, ones);
+// Group `index` of all tiles' groups, step by step and in order.
+INLINE void unpack_step(const format f, const weight_planes* p, size_t index, const int step, weight_group* out) {
+  const uint8_t* codes = p->codes + index * code_bytes(f);
+  if (f == Q8_0) {
+    out->codes[step] = load_u8(codes + 64 * step) ^ splat_u8(128);
+  } else {
+    out->codes[step] = bits_u8(load_u8(codes + 64 * (step / 2)), 4 * (step % 2), 15);
+    if (high_bytes(f)) out->codes[step] |= high_bits(f, p->high + index * high_bytes(f), step);
   }
-  return f32_from_i32(sum);
+
+  const int at_once = f == Q8_0 ? 1 : f == Q6_K ? 4 : STEPS;  // that a byte holds the sum of
+  const int steps = STEPS / halves(f), half = step / steps;
+  if (step % steps == 0) out->code_sums[half] = splat_i32(-4 * steps * zero_point(f));
+  out->byte_sum = step % at_once ? out->byte_sum + out->codes[step] : out->codes[step];
+  if (step % at_once == at_once - 1)
+    out->code_sums[half] = dot_u8_i8(out->code_sums[half], out->byte_sum, (i8x64)splat_u8(1));
 }
 
 INLINE f32x16 f32_from_u8(u8x16 x) { return f32_from_i32(__builtin_convertvector(x, i32x16)); }
@@ -86,11 +87,8 @@ INLINE void unpack_six_bit_scales(const uint8_t* scales, size_t g, f32x16 d, f32
   out->minimum = -dmin * f32_from_u8(minimum);
 }
 
-INLINE void unpack(const format f, const weight_planes* p, size_t tile, size_t groups, size_t g, weight_group* out) {
-  size_t index = tile * groups + g;
-  UNROLL for (int step = 0; step < STEPS; ++step) out->codes[step] =
-      unpack_step(f, p->codes + index * code_bytes(f), p->high + index * high_bytes(f), step);
-
+// What is left to know once all steps are unpacked.
+INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, weight_group* out) {
   const int is_k_quant = f == Q4_K || f == Q5_K || f == Q6_K;
   size_t block = is_k_quant ? index / 8 : index;
   f32x16 d = load_f16(p->d + block * LANES);
@@ -104,11 +102,9 @@ INLINE void unpack(const format f, const weight_planes* p, size_t tile, size_t g
     out->scale[0] = d;
     if (f == Q4_1) out->minimum = load_f16(p->m + block * LANES);
   }
-
-  const int steps = STEPS / halves(f);
-  out->sum = has_minimum(f) ? out->minimum * (float)GROUP : splat(0.0f);
-  UNROLL for (int half = 0; half < halves(f); ++half) out->sum +=
-      out->scale[half] * sum_codes(f, out->codes, half * steps, steps);
+  out->sum = out->scale[0] * f32_from_i32(out->code_sums[0]);
+  if (halves(f) == 2) out->sum += out->scale[1] * f32_from_i32(out->code_sums[1]);
+  if (has_minimum(f)) out->sum += out->minimum * (float)GROUP;
 }
 
 // Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.

@@ -2,6 +2,10 @@
 
 import ctypes
 import mmap
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,7 +20,18 @@ ATTENDED_QUERIES = 32
 
 # The instruction sets that this machine runs, by a flag of /proc/cpuinfo.
 _NEEDS = {"x86_64-avx512vnni": "avx512_vnni", "x86_64-avx2": "avx2", "x86_64-generic": "sse2"}
+_FLAGS = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
 
+_DRIVER = Path(__file__).parent / "driver.c"
+_GCC_FLAGS = (
+    *("-std=gnu17", "-O1", "-g1", "-fno-math-errno", "-Wno-psabi"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+_GCC_PROCESSOR = {
+    "x86_64-avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
+    "x86_64-avx2": ("-march=x86-64-v3",),
+    "x86_64-generic": ("-march=x86-64",),
+}
 
 _PAGE = mmap.PAGESIZE
 _NO_ACCESS = 0
@@ -42,7 +57,11 @@ def guarded(array):
 
 
 _RECORD = np.dtype(
-    [("codes", np.int8, GROUP), ("scale", np.float32), ("offset", np.float32), ("code_sums", np.int32, 2)]
+    [
+        ("codes", np.int8, GROUP),
+        *((name, np.float32) for name in ("scale", "offset")),
+        *((name, np.int32) for name in ("code_sum", "low_code_sum")),
+    ]
 )
 
 
@@ -77,27 +96,81 @@ def rounding_bound(x, terms=1):
     return np.repeat(bound, GROUP, axis=-1)
 
 
-class Kernels:
-    """Calls of one shared library; the workgroups of a dispatch run one after the other."""
+class Library:
+    """Kernels in a shared library, which this process loads."""
 
     def __init__(self, path):
         self._library = ctypes.CDLL(str(path))
 
-    def dispatch(self, name, arrays, workgroups, sizes):
-        """Run a kernel for each workgroup: arrays are passed as pointer and offset 0, what follows by its type.
-
-        Reading or writing outside of an array ends the process.
-        """
+    def call(self, name, arrays, calls):
+        """Call a kernel once for each tuple of sizes. Reading or writing outside of an array ends the process."""
         function = getattr(self._library, name)
         function.restype = None
         with ExitStack() as stack:
             buffers = []
             for array in arrays:
-                assert array.flags.c_contiguous
                 buffers += [ctypes.c_void_p(stack.enter_context(guarded(array))), ctypes.c_size_t(0)]
-            for workgroup in workgroups:
-                scalars = (ctypes.c_float(s) if isinstance(s, float) else ctypes.c_size_t(s) for s in sizes(workgroup))
+            for sizes in calls:
+                scalars = (ctypes.c_float(s) if isinstance(s, float) else ctypes.c_size_t(s) for s in sizes)
                 function(*buffers, *scalars)
+
+
+class Program:
+    """Kernels in a process of their own, which driver.c serves; the requests are described there."""
+
+    def __init__(self, command, symbol=str):
+        self._command = command
+        self._symbol = symbol
+        self._process = None
+
+    def call(self, name, arrays, calls):
+        """Call a kernel once for each tuple of sizes. Reading or writing outside of an array ends the other process."""
+        if self._process is None:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        symbol = self._symbol(name).encode()
+        floats = np.array([size for size in calls[0] if isinstance(size, float)], np.float32)
+        integers = np.array([[size for size in sizes if not isinstance(size, float)] for sizes in calls], np.uint64)
+        request = [np.uint64(len(symbol)), symbol, np.uint64(len(arrays))]
+        for array in arrays:
+            request += [np.uint64(array.nbytes), array]
+        request += [np.uint64(len(floats)), floats, *np.array(integers.shape, np.uint64), integers]
+        try:
+            for part in request:
+                self._process.stdin.write(part if isinstance(part, bytes) else part.tobytes())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail(name)
+        for array in arrays:
+            answer = self._process.stdout.read(array.nbytes)
+            if len(answer) < array.nbytes:
+                self._fail(name)
+            array.reshape(-1).view(np.uint8)[...] = np.frombuffer(answer, np.uint8)
+
+    def close(self):
+        """End the process; it must not have failed."""
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.stdout.close()
+            assert self._process.wait() == 0
+
+    def _fail(self, name):
+        # The next test gets a new process.
+        process, self._process = self._process, None
+        process.stdin.close()
+        process.stdout.close()
+        pytest.fail(f"{name}: {self._command[-1]} ended with {process.wait()}, see stderr")
+
+
+class Kernels:
+    """Kernels of one build; the workgroups of a dispatch run one after the other."""
+
+    def __init__(self, build):
+        self._build = build
+
+    def dispatch(self, name, arrays, workgroups, sizes):
+        """Run a kernel for each workgroup: arrays are passed as pointer and offset 0, what follows by its type."""
+        assert all(array.flags.c_contiguous for array in arrays)
+        self._build.call(name, arrays, [sizes(workgroup) for workgroup in workgroups])
 
     def quantize(self, x, terms=1, rows_per_workgroup=3):
         """Quantised activations of x as bytes."""
@@ -243,21 +316,71 @@ def _codes(rows, columns, terms):
     return np.full(rows * columns // GROUP * terms * RECORD_BYTES, 0xAA, np.uint8)
 
 
-def _runnable():
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+def _unless(condition, reason):
+    return pytest.mark.skipif(not condition, reason=reason)
+
+
+def _native():
+    """The instruction sets of this machine's architecture."""
     return [
-        pytest.param(
-            name,
-            marks=pytest.mark.skipif(need not in flags, reason=f"needs a processor with {need}"),
-        )
+        pytest.param(("native", name), id=name, marks=_unless(need in _FLAGS, f"needs a processor with {need}"))
         for name, need in _NEEDS.items()
     ]
 
 
-@pytest.fixture(scope="session", params=_runnable())
+def _sanitized():
+    """The best of this machine's; those that are left differ in no address."""
+    name = next(name for name, need in _NEEDS.items() if need in _FLAGS)
+    return [pytest.param(("sanitized", name), id=f"sanitized-{name}", marks=_unless(shutil.which("gcc"), "needs gcc"))]
+
+
+def _emulated():
+    return [
+        pytest.param(
+            ("emulated", name),
+            id=name,
+            marks=_unless(shutil.which("qemu-aarch64"), "needs qemu-aarch64, of the package qemu-user"),
+        )
+        for name, variant in build.VARIANTS.items()
+        if variant.architecture == "aarch64"
+    ]
+
+
+def _table(objects):
+    """The flag that tells driver.c what it is linked with."""
+    return "-DKERNELS=" + " ".join(f"KERNEL({name})" for path in objects for name in build.exported_symbols(path))
+
+
+def _build_sanitized(folder, variant):
+    """The driver and the kernels, compiled by GCC: the clang in ziglang comes without AddressSanitizer."""
+    command = ["gcc", *_GCC_FLAGS, *_GCC_PROCESSOR[variant.name]]
+
+    def compile_object(source):
+        subprocess.run([*command, "-c", source, "-o", folder / f"{source.stem}.o"], check=True)
+        return folder / f"{source.stem}.o"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_object, build.sources()))
+    subprocess.run([*command, _table(objects), _DRIVER, *objects, "-o", folder / "driver"], check=True)
+    return Program([folder / "driver"])
+
+
+def _build_emulated(folder, variant):
+    objects = build.build_objects(folder, variant)
+    driver = build.build_program(folder / "driver", variant, [_DRIVER, *objects], [_table(objects)])
+    return Program(["qemu-aarch64", driver], variant.symbol)
+
+
+@pytest.fixture(scope="session")
+def runnable():
+    """Names of the variants that this machine runs."""
+    return {name for name, need in _NEEDS.items() if need in _FLAGS}
+
+
+@pytest.fixture(scope="session", params=_native())
 def objects(request, tmp_path_factory):
     """Folder of the freestanding objects, once for every instruction set of this machine."""
-    variant = build.VARIANTS[request.param]
+    variant = build.VARIANTS[request.param[1]]
     return build.build_objects(tmp_path_factory.mktemp("objects"), variant)[0].parent
 
 
@@ -270,8 +393,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session", params=_runnable())
+@pytest.fixture(scope="session", params=[*_native(), *_sanitized(), *_emulated()])
 def kernels(request, tmp_path_factory):
-    """The kernels, once for every instruction set of this machine."""
-    variant = build.VARIANTS[request.param]
-    return Kernels(build.build_library(tmp_path_factory.mktemp("kernels") / f"{variant.name}.so", variant))
+    """The kernels, once for every instruction set that runs here or under an emulator, and once with sanitizers."""
+    kind, name = request.param
+    variant, folder = build.VARIANTS[name], tmp_path_factory.mktemp("kernels")
+    if kind == "native":
+        yield Kernels(Library(build.build_library(folder / "kernels.so", variant)))
+        return
+    program = (_build_sanitized if kind == "sanitized" else _build_emulated)(folder, variant)
+    yield Kernels(program)
+    program.close()

@@ -22,8 +22,9 @@ def check(packed, x, terms):
     rows, columns = x.shape
     assert (np.abs(dequantize_activations(packed, rows, columns, terms) - x) <= rounding_bound(x, terms)).all()
     records = read_records(packed, rows, columns, terms)
-    sums = records["codes"].astype(np.int32).reshape(*records.shape, 2, 16).sum(-1)
-    np.testing.assert_array_equal(records["code_sums"], sums)
+    codes = records["codes"].astype(np.int32)
+    np.testing.assert_array_equal(records["code_sum"], codes.sum(-1))
+    np.testing.assert_array_equal(records["low_code_sum"], codes[..., :16].sum(-1))
     assert not records["offset"][:, :, 1:].any()
 
 
