@@ -25,10 +25,8 @@ _WORKGROUP = {"workgroup_x": (0, "i32"), "workgroup_y": (1, "i32"), "workgroup_z
 
 # Where the runtime says that a processor has a feature, after iree/schemas/cpu_feature_bits.inl.
 _FEATURE_BITS = {
-    "x86_64": {
-        **{"avx": 10, "fma": 11, "f16c": 14, "avx2": 15},
-        **{"avx512f": 20, "avx512cd": 21, "avx512vl": 22, "avx512dq": 23, "avx512bw": 24, "avx512vnni": 28},
-    },
+    "x86_64": {"avx": 10, "fma": 11, "f16c": 14, "avx2": 15}
+    | {"avx512f": 20, "avx512cd": 21, "avx512vl": 22, "avx512dq": 23, "avx512bw": 24, "avx512vnni": 28},
     "aarch64": {"dotprod": 12, "i8mm": 13},
 }
 

@@ -91,7 +91,9 @@ def test_the_best_of_the_linked_that_the_processor_has_runs(linked, runnable, mo
         floats=frozenset({"scale"}),
     )
     flags = resolve_target("llvm-cpu:generic").flags
-    text = executable(kernel, read_executable_target(flags), objects) + f"""
+    text = (
+        executable(kernel, read_executable_target(flags), objects)
+        + f"""
 util.func public @main() -> tensor<3x2x5xf32> {{
   %c2 = arith.constant 2 : index
   %c3 = arith.constant 3 : index
@@ -101,6 +103,7 @@ util.func public @main() -> tensor<3x2x5xf32> {{
   %y = flow.dispatch {kernel.entry}[%c5, %c2, %c3](%count, %scale) : (i32, i32) -> tensor<3x2x5xf32>
   util.return %y : tensor<3x2x5xf32>
 }}"""
+    )
     config = runtime.Config("local-task")
     binary = compile_str(text, input_type="none", extra_args=flags)
     module = runtime.load_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, binary), config)
