@@ -8,12 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef LLMIR_SHARED_LIBRARY  // the native build that tests load
-#define KERNEL __attribute__((visibility("default")))
-#else
 #define KERNEL __attribute__((visibility("hidden")))
-#endif
-
 #define INLINE static inline __attribute__((always_inline))
 
 // Loops over registers must vanish: an index into registers that is not a constant puts them on the stack.
