@@ -56,7 +56,11 @@ typedef struct {
   int32_t full_begin, full_end;  // what every query sees that sees anything
 } query_block;
 
-INLINE query_block empty_block(void) { return (query_block){.begin = INT32_MAX, .full_end = INT32_MAX}; }
+INLINE void clear_block(query_block* block) {
+  block->count = 0;
+  block->begin = block->full_end = INT32_MAX;
+  block->end = block->full_begin = 0;
+}
 
 // Adds a query at a position; one with a negative position sees nothing.
 INLINE void add_query(const attention* a, query_block* block, size_t token, size_t head, int32_t position,
@@ -191,14 +195,19 @@ INLINE f32x16 sum_of_shares(const int share, f32x16 x) {
   return x;
 }
 
-// `count` positions from `t` on as float32 [count, stride], rows padded with zeros to whole vectors.
+// `count` positions from `t` on as float32 [count, stride], rows padded with zeros to whole vectors. Meanwhile what
+// will be wanted next, `ahead` positions on but before `end`, is on its way: pages lie apart, and the hardware's own
+// prefetch stops at the end of one.
 INLINE void widen(const attention* a, size_t batch_row, int kind, size_t head, size_t t, size_t count,
-                  const size_t stride, float* out) {
+                  const size_t ahead, size_t end, const size_t stride, float* out) {
   size_t dim = a->shape.head_dim;
   while (count) {
     size_t in_page = min_size(count, a->shape.page_size - t % a->shape.page_size);
     const uint16_t* in = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, t);
-    for (size_t i = 0; i < in_page; ++i, in += dim, out += stride) {
+    size_t next = t + ahead < end ? t + ahead : t;
+    const uint16_t* later = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, next);
+    for (size_t i = 0; i < in_page; ++i, in += dim, later += dim, out += stride) {
+      for (size_t d = 0; d < dim; d += 32) __builtin_prefetch(later + d);
       if (a->element == F16)
         load_row(F16, out, in, dim);
       else
@@ -244,13 +253,13 @@ INLINE void multiply(const layout l, size_t rows, const float* a, const size_t r
 
 // Takes in `count` positions from `t` on. Unless `masked`, all queries that see anything see them all.
 INLINE void attend_positions(const attention* a, const layout l, const int masked, size_t batch_row, size_t head,
-                             size_t t, size_t count, attention_state* state) {
+                             size_t t, size_t count, size_t end, attention_state* state) {
   const size_t row_floats = (size_t)l.vectors * LANES;
   size_t steps = ceil_div(a->shape.head_dim, (size_t)l.share), scores = ceil_div(count, (size_t)l.share);
   float* p = state->products;
 
   // Stage 1: scores, those of `share` positions in each vector.
-  widen(a, batch_row, KEY, head, t, count, l.stride, state->wide);
+  widen(a, batch_row, KEY, head, t, count, l.positions, end, l.stride, state->wide);
   multiply(l, count, state->wide, l.stride, (size_t)l.share, state->queries, steps, 0, p);
   const int hides = masked || l.share > 1;  // the last vector may hold positions that are not there
   f32x16 highest[MAX_VECTORS];
@@ -296,7 +305,7 @@ INLINE void attend_positions(const attention* a, const layout l, const int maske
   }
 
   // Stage 3: add the weighted values. A weight of zero does not cancel a NaN, so a lane skips what it does not see.
-  widen(a, batch_row, VALUE, head, t, count, l.stride, state->wide);
+  widen(a, batch_row, VALUE, head, t, count, l.positions, end, l.stride, state->wide);
   if (!masked) {
     multiply(l, steps, state->wide, (size_t)l.share, l.stride, p, count, shrink, state->sums);
     return;
@@ -401,9 +410,9 @@ INLINE void attend_block(const attention* a, const layout l, const query_block* 
     limit = limit < block->end ? limit : block->end;
     size_t count = min_size(l.positions, (size_t)(limit - t));
     if (is_full)
-      attend_positions(a, l, 0, batch_row, head, (size_t)t, count, state);
+      attend_positions(a, l, 0, batch_row, head, (size_t)t, count, (size_t)block->end, state);
     else
-      attend_positions(a, l, 1, batch_row, head, (size_t)t, count, state);
+      attend_positions(a, l, 1, batch_row, head, (size_t)t, count, (size_t)block->end, state);
     t += (int32_t)count;
   }
   UNROLL for (int v = 0; v < l.vectors; ++v) state->total[v] = sum_of_shares(l.share, state->total[v]);
@@ -411,15 +420,19 @@ INLINE void attend_block(const attention* a, const layout l, const query_block* 
 }
 
 // Functions for each way to share lanes, and for two sizes of heads, so that a frame stays below 64 kB.
-#define DEFINE_ATTEND(name, head_dim, positions, vectors, share)                                                     \
-  static __attribute__((noinline)) void attend_##name(const attention* a, const query_block* block, size_t batch_row, \
-                                                      size_t head) {                                                  \
-    enum { STRIDE = head_dim + PADDING };                                                                             \
-    float queries[head_dim * LANES * vectors], sums[head_dim * LANES * vectors];                                      \
-    float wide[STRIDE * positions], products[positions * LANES * vectors];                                            \
-    const layout l = {vectors, share, STRIDE, positions};                                                             \
-    attention_state state = {.queries = queries, .sums = sums, .wide = wide, .products = products};                   \
-    attend_block(a, l, block, batch_row, head, &state);                                                               \
+#define DEFINE_ATTEND(name, head_dim, positions, vectors, share)                                                       \
+  static __attribute__((noinline)) void attend_##name(const attention* a, const query_block* block, size_t batch_row,  \
+                                                      size_t head) {                                                   \
+    enum { STRIDE = head_dim + PADDING };                                                                              \
+    float queries[head_dim * LANES * vectors], sums[head_dim * LANES * vectors];                                       \
+    float wide[STRIDE * positions], products[positions * LANES * vectors];                                             \
+    const layout l = {vectors, share, STRIDE, positions};                                                              \
+    attention_state state;                                                                                             \
+    state.queries = queries;                                                                                           \
+    state.sums = sums;                                                                                                 \
+    state.wide = wide;                                                                                                 \
+    state.products = products;                                                                                         \
+    attend_block(a, l, block, batch_row, head, &state);                                                                \
   }
 DEFINE_ATTEND(128_16, 128, 32, 1, 16)
 DEFINE_ATTEND(128_8, 128, 32, 1, 8)

@@ -29,12 +29,23 @@ _TILES_OF_GATED_GROUP = 4
 _QUANTIZED_ROWS = 8
 _APPENDED_TOKENS = 8
 
-# What paged_attention.c is written for.
+# What the kernels of attention are written for.
+_CACHE_ELEMENTS = ("f16", "bf16")
 _ATTENDED_QUERIES = 32
 _LARGEST_HEAD = 256
 
 _ACTIVATIONS = Buffer("i8", writes=True)
 _ROWS = ("workgroup_x", "rows_per_workgroup")
+
+
+# A split is long enough to be worth its partial results; there are enough for all cores to have some.
+_POSITIONS_PER_SPLIT = 256
+_MOST_SPLITS = 16
+_MERGED_COLUMNS = 512
+
+_CACHE_SIZES = ("kv_heads", "head_dim", "page_size", "table", "layers", "layer")
+_WORKGROUPS = ("workgroup_x", "workgroup_y", "workgroup_z")
+_FLOATS = frozenset({"scale", "softcap"})
 
 QUANTIZE = Kernel(
     "llmir_quantize_activations",
@@ -57,25 +68,11 @@ ADD_NORM_QUANTIZE = Kernel(
     floats=frozenset({"epsilon"}),
 )
 
-APPEND = Kernel(
-    "llmir_append_kv_f16",
-    "append_kv",
-    (Buffer("f16", writes=True), Buffer("f32"), Buffer("f32"), Buffer("i32"), Buffer("i32")),
-    (
-        *("batch", "seq", "kv_heads", "head_dim", "page_size", "table", "layers", "layer"),
-        *("workgroup_x", "tokens_per_workgroup"),
-    ),
-)
-# It writes no cache, but a tied result is what a dispatch may write.
-ATTEND = Kernel(
-    "llmir_paged_attention_f16",
-    "paged_attention",
-    (Buffer("f32"), Buffer("f16", writes=True), Buffer("i32"), Buffer("i32"), Buffer("f32", writes=True)),
-    (
-        *("seq", "heads", "kv_heads", "head_dim", "page_size", "table", "layers", "layer", "window", "scale"),
-        *("softcap", "workgroup_x", "workgroup_y", "workgroup_z"),
-    ),
-    floats=frozenset({"scale", "softcap"}),
+MERGE = Kernel(
+    "llmir_merge_attention",
+    "merge_attention",
+    (Buffer("f32"), Buffer("f32", writes=True)),
+    ("heads", "head_dim", "splits", "workgroup_x", "workgroup_y", "columns_per_workgroup"),
 )
 
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "uint8": "i8", "int8": "i8"}
@@ -109,6 +106,70 @@ def quantized_type(x: TensorType, terms: int) -> TensorType:
     *outer, depth = x.shape
     assert depth is not None
     return TensorType((*outer, depth // GROUP * terms * _RECORD_BYTES), "i8")
+
+
+def append_kernel(element: str) -> Kernel:
+    """The kernel that stores keys and values in a cache of an element type."""
+    return Kernel(
+        f"llmir_append_kv_{element}",
+        "append_kv",
+        (Buffer(element, writes=True), Buffer("f32"), Buffer("f32"), Buffer("i32"), Buffer("i32")),
+        ("batch", "seq", *_CACHE_SIZES, "workgroup_x", "tokens_per_workgroup"),
+    )
+
+
+def attend_kernel(element: str) -> Kernel:
+    """The kernel that attends over a cache. It writes no cache, but a tied result is what a dispatch may write."""
+    return Kernel(
+        f"llmir_paged_attention_{element}",
+        "paged_attention",
+        (Buffer("f32"), Buffer(element, writes=True), Buffer("i32"), Buffer("i32"), Buffer("f32", writes=True)),
+        ("seq", "heads", *_CACHE_SIZES, "window", "scale", "softcap", *_WORKGROUPS),
+        floats=_FLOATS,
+    )
+
+
+def rope_append_kernel(element: str) -> Kernel:
+    """`append_kernel`, for keys that it rotates."""
+    return Kernel(
+        f"llmir_rope_append_{element}",
+        "append_kv",
+        (*append_kernel(element).buffers, Buffer("f32"), Buffer("f32")),
+        (
+            *("batch", "seq", *_CACHE_SIZES, "key_stride", "key_first", "value_stride", "value_first"),
+            *("workgroup_x", "tokens_per_workgroup"),
+        ),
+    )
+
+
+def rope_attend_kernel(element: str) -> Kernel:
+    """`attend_kernel`, for queries that it rotates."""
+    *inputs, output = attend_kernel(element).buffers
+    return Kernel(
+        f"llmir_rope_attend_{element}",
+        "paged_attention",
+        (*inputs, Buffer("f32"), Buffer("f32"), output),
+        (
+            *("seq", "heads", *_CACHE_SIZES, "query_stride", "query_first", "window", "scale", "softcap"),
+            *_WORKGROUPS,
+        ),
+        floats=_FLOATS,
+    )
+
+
+def rope_append_attend_kernel(element: str) -> Kernel:
+    """The kernel that rotates, stores and attends for one new token a row."""
+    inputs = (Buffer("f32"), Buffer("f32"), Buffer("f32"), Buffer("i32"), Buffer("i32"), Buffer("f32"), Buffer("f32"))
+    return Kernel(
+        f"llmir_rope_append_attend_{element}",
+        "rope_append_attend",
+        (Buffer(element, writes=True), *inputs, Buffer("f32", writes=True)),
+        (
+            *("heads", *_CACHE_SIZES, "query_stride", "query_first", "key_stride", "key_first"),
+            *("value_stride", "value_first", "window", "scale", "softcap", "splits", *_WORKGROUPS),
+        ),
+        floats=_FLOATS,
+    )
 
 
 def accepts_quantized_matmul(call: LlmirCall, target: Target) -> bool:
@@ -275,57 +336,148 @@ def _bits(size: float) -> int:
 
 
 def accepts_append_kv(call: LlmirCall, target: Target) -> bool:
-    """Whether the target is a CPU that kernels are compiled for, and float32 goes into a cache of float16."""
+    """Whether the target is a CPU that kernels are compiled for, and float32 goes into a cache of 16-bit floats."""
     cache, key, *_ = call.operands
-    return (cache.element, key.element) == ("f16", "f32") and _has_kernels(target)
+    return cache.element in _CACHE_ELEMENTS and key.element == "f32" and _has_kernels(target)
 
 
 def append_kv(call: LlmirCall, target: Target) -> dict[str, str]:
     """Definition of `append_kv`, and the executable that it dispatches; raises as `quantized_matmul` does."""
     cache, key, _value, table, positions = call.operands
+    kernel = append_kernel(cache.element)
     definition = _fill(
         "append_kv",
         name=call.symbol,
         new=key,
         batch=extent(key.shape[0]),
         tokens_per_workgroup=_APPENDED_TOKENS,
-        append=APPEND.entry,
+        append=kernel.entry,
         **_cache_values(cache, table, positions),
     )
-    return {**_executables(target, APPEND), call.symbol: definition}
+    return {**_executables(target, kernel), call.symbol: definition}
 
 
 def accepts_paged_attention(call: LlmirCall, target: Target) -> bool:
-    """Whether the target is a CPU that kernels are compiled for, the cache float16, and heads no larger than theirs."""
+    """Whether the target is a CPU that kernels are compiled for, the cache 16-bit, and heads no larger than theirs."""
     query, cache, *_ = call.operands
     head_dim = query.shape[3]
     if head_dim is None or head_dim > _LARGEST_HEAD:
         return False
-    return (query.element, cache.element) == ("f32", "f16") and _has_kernels(target)
+    return query.element == "f32" and cache.element in _CACHE_ELEMENTS and _has_kernels(target)
 
 
 def paged_attention(call: LlmirCall, target: Target) -> dict[str, str]:
     """Definition of `paged_attention`, and the executable that it dispatches; raises as `quantized_matmul` does."""
     query, cache, table, positions = call.operands
     batch, _, heads, _ = query.shape
-    kv_heads = cache.shape[3]
     assert heads is not None
-    assert kv_heads is not None
+    kernel = attend_kernel(cache.element)
     definition = _fill(
         "paged_attention",
         name=call.symbol,
         query=query,
         batch=extent(batch),
-        heads=heads,
-        group=heads // kv_heads,
         queries=_ATTENDED_QUERIES,
-        scale=f"{float(call.constant('scale')):.9e}",
-        softcap=f"{float(call.constant('softcap')):.9e}",
-        window=int(call.constant("window")),
-        attend=ATTEND.entry,
+        attend=kernel.entry,
+        **_attention_values(call, cache, heads),
         **_cache_values(cache, table, positions),
     )
-    return {**_executables(target, ATTEND), call.symbol: definition}
+    return {**_executables(target, kernel), call.symbol: definition}
+
+
+def accepts_rope(call: LlmirCall, target: Target) -> bool:
+    """Whether the target is a CPU that kernels are compiled for, and the cache of an op with a rotary embedding theirs.
+
+    The other floats of these ops are float32, and have heads of the cache's size.
+    """
+    cache = next(operand for operand in call.operands if len(operand.shape) == 6)
+    head_dim = cache.shape[5]
+    if head_dim is None or head_dim > _LARGEST_HEAD or head_dim % 2:
+        return False
+    return cache.element in _CACHE_ELEMENTS and _has_kernels(target)
+
+
+def rope_append(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `rope_append`, and the executable that it dispatches; raises as `quantized_matmul` does."""
+    cache, key, value, table, positions, cosines, _sines = call.operands
+    kernel = rope_append_kernel(cache.element)
+    definition = _fill(
+        "rope_append",
+        name=call.symbol,
+        angles=cosines,
+        batch=extent(key.shape[0]),
+        tokens_per_workgroup=_APPENDED_TOKENS,
+        append=kernel.entry,
+        **_place("key", key, call.constant("k_first")),
+        **_place("value", value, call.constant("v_first")),
+        **_cache_values(cache, table, positions),
+    )
+    return {**_executables(target, kernel), call.symbol: definition}
+
+
+def rope_attend(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `rope_attend`, and the executable that it dispatches; raises as `quantized_matmul` does."""
+    query, cache, table, positions, cosines, _sines = call.operands
+    kernel = rope_attend_kernel(cache.element)
+    definition = _fill(
+        "rope_attend",
+        name=call.symbol,
+        angles=cosines,
+        output=call.results[0],
+        batch=extent(query.shape[0]),
+        queries=_ATTENDED_QUERIES,
+        attend=kernel.entry,
+        **_place("query", query, call.constant("q_first")),
+        **_attention_values(call, cache, int(call.constant("heads"))),
+        **_cache_values(cache, table, positions),
+    )
+    return {**_executables(target, kernel), call.symbol: definition}
+
+
+def rope_append_attend(call: LlmirCall, target: Target) -> dict[str, str]:
+    """Definition of `rope_append_attend`, and the executables that it dispatches; raises as `quantized_matmul` does."""
+    cache, query, key, value, table, positions, cosines, _sines = call.operands
+    batch, heads, head_dim = query.shape[0], int(call.constant("heads")), cache.shape[5]
+    assert head_dim is not None
+    kernel = rope_append_attend_kernel(cache.element)
+    definition = _fill(
+        "rope_append_attend",
+        name=call.symbol,
+        angles=cosines,
+        output=call.results[0],
+        partials=TensorType((batch, heads, None, head_dim + 2), "f32"),
+        batch=extent(batch),
+        positions_per_split=_POSITIONS_PER_SPLIT,
+        most_splits=_MOST_SPLITS,
+        column_workgroups=-(-heads * head_dim // _MERGED_COLUMNS),
+        columns_per_workgroup=_MERGED_COLUMNS,
+        attend=kernel.entry,
+        merge=MERGE.entry,
+        **_place("query", query, call.constant("q_first")),
+        **_place("key", key, call.constant("k_first")),
+        **_place("value", value, call.constant("v_first")),
+        **_attention_values(call, cache, heads),
+        **_cache_values(cache, table, positions),
+    )
+    return {**_executables(target, kernel, MERGE), call.symbol: definition}
+
+
+def _place(name: str, operand: TensorType, first: int | float | str) -> dict[str, object]:
+    """Where heads stand in a tensor [batch, seq, columns]."""
+    return {name: operand, f"{name}_stride": extent(operand.shape[2]), f"{name}_first": int(first)}
+
+
+def _attention_values(call: LlmirCall, cache: TensorType, heads: int) -> dict[str, object]:
+    """What all templates that attend say of it."""
+    kv_heads = cache.shape[3]
+    assert kv_heads is not None
+    return {
+        "heads": heads,
+        "group": heads // kv_heads,
+        "scale": f"{float(call.constant('scale')):.9e}",
+        "softcap": f"{float(call.constant('softcap')):.9e}",
+        "window": int(call.constant("window")),
+    }
 
 
 def _cache_values(cache: TensorType, table: TensorType, positions: TensorType) -> dict[str, object]:

@@ -8,7 +8,8 @@ INLINE void attend_workgroup(const attention* a, const int32_t* positions, float
   size_t group = heads / a->shape.kv_heads, dim = a->shape.head_dim;
   size_t first = block * MAX_QUERIES, end = min_size(seq * group, first + MAX_QUERIES);
   while (first < end) {
-    query_block queries = empty_block();
+    query_block queries;
+    clear_block(&queries);
     for (; first < end && queries.count < most_queries(dim); ++first) {
       size_t token = batch_row * seq + first / group, query_head = head * group + first % group;
       add_query(a, &queries, token, query_head, positions[token], output + (token * heads + query_head) * dim);

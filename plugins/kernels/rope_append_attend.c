@@ -42,7 +42,8 @@ INLINE void attend_split(const attention* a, const new_token* new, int32_t posit
   size_t group = heads / a->shape.kv_heads, dim = a->shape.head_dim;
   if (split == splits - 1 && position >= 0) store_token(a, new, batch_row, head, (size_t)position);
   for (size_t first = 0; first < group;) {
-    query_block block = empty_block();
+    query_block block;
+    clear_block(&block);
     for (; first < group && block.count < most_queries(dim); ++first) {
       size_t query_head = head * group + first;
       float* output = partials + ((batch_row * heads + query_head) * splits + split) * (dim + 2);

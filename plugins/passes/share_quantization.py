@@ -76,7 +76,9 @@ def _without_whole_slices(x: ir.Value) -> ir.Value:
 
 def _quantize(x: ir.Value, terms: int) -> ir.Value:
     codes = quantized_type(tensor_type(x), terms)
-    return create("llmir.quantize_activations", (x,), (torch_type(codes.shape, codes.element),), {"terms": terms}).result
+    return create(
+        "llmir.quantize_activations", (x,), (torch_type(codes.shape, codes.element),), {"terms": terms}
+    ).result
 
 
 def _reaches_attention(operation: ir.Operation, steps: int) -> bool:

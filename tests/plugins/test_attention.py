@@ -73,7 +73,7 @@ def check(run: Any, arguments: list[torch.Tensor], window: int = 0, softcap: flo
     expected_output, expected_cache = AppendAndAttend(window, softcap)(*arguments)
     output, cache = run(*(argument.clone() for argument in arguments))
     np.testing.assert_allclose(output, expected_output.numpy(), rtol=1e-4, atol=1e-5)
-    assert np.array_equal(cache, expected_cache.numpy(), equal_nan=True)
+    assert np.array_equal(cache.astype(np.float32), expected_cache.float().numpy(), equal_nan=True)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 33])
@@ -91,8 +91,9 @@ def test_window_and_softcap(compiled: Any, window: int, softcap: float) -> None:
     check(compiled(1, window, softcap), inputs([9], [12]), window, softcap)
 
 
-def test_a_float32_cache_is_another_specialisation(compiled: Any) -> None:
-    check(compiled(1, dtype=torch.float32), inputs([3], [9], dtype=torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_of_other_elements_is_another_specialisation(compiled: Any, dtype: torch.dtype) -> None:
+    check(compiled(1, dtype=dtype), inputs([3], [9], dtype=dtype))
 
 
 def test_a_large_cache_with_a_short_table(compiled: Any) -> None:

@@ -54,9 +54,9 @@ def test_the_best_that_serves_is_chosen(siblings: str, target: str, preference: 
 
 
 @pytest.mark.parametrize(
-    ("cache", "head_dim", "chosen"), [("f16", 256, True), ("bf16", 64, False), ("f32", 64, False), ("f16", 257, False)]
+    ("cache", "head_dim", "chosen"), [("f16", 256, True), ("bf16", 64, True), ("f32", 64, False), ("f16", 257, False)]
 )
-def test_kernels_attend_over_a_float16_cache_with_heads_up_to_256(cache: str, head_dim: int, chosen: bool) -> None:
+def test_kernels_attend_over_a_16_bit_cache_with_heads_up_to_256(cache: str, head_dim: int, chosen: bool) -> None:
     tokens, pages = (1, None, 4, head_dim), (None, 2, 2, 4, 8, head_dim)
     types = (TensorType(tokens, "f32"), TensorType(pages, cache), TensorType((1, None), "i32"))
     constants = (("layer", 0), ("scale", 1.0), ("window", 0), ("softcap", 0.0))

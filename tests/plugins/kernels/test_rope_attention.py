@@ -4,12 +4,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from iree import runtime
+from iree.compiler.tools import compile_str
 
 from llmir_iree.export import ops
+from llmir_iree.plugins.calls import LlmirCall, TensorType
+from llmir_iree.plugins.kernels import build, definitions
+from llmir_iree.plugins.kernels import objects as objects_module
+from llmir_iree.targets import resolve_target
 
 ABSENT = -(2**31)
 LAYER, LAYERS = 1, 2
 SCALE = 0.125
+TARGET = resolve_target("llvm-cpu")
 
 
 def scene(starts, seq, heads=6, kv_heads=2, head_dim=64, page_size=16, dtype=np.float16, lengths=None):
@@ -208,3 +215,102 @@ def test_merge_of_one_split_divides_and_no_more(kernels):
     partials = np.random.default_rng(0).standard_normal((1, 3, 1, 66)).astype(np.float32)
     partials[..., -2:] = [-1e20, 1.5]
     np.testing.assert_array_equal(kernels.merge(partials)[:, 0], partials[:, :, 0, :-2] / np.float32(1.5))
+
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 6, 2, 32, 16
+KEY_FIRST, VALUE_FIRST = HEADS * HEAD_DIM, (HEADS + KV_HEADS) * HEAD_DIM
+
+
+def calls(seq, element):
+    """The three ops on a batch of two, whose queries, keys and values stand in one tensor."""
+    qkv = TensorType((2, seq, (HEADS + 2 * KV_HEADS) * HEAD_DIM), "f32")
+    cache = TensorType((None, LAYERS, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM), element)
+    table, positions = TensorType((2, None), "i32"), TensorType((2, seq), "i32")
+    angles, output = TensorType((2, seq, HEAD_DIM), "f32"), TensorType((2, seq, HEADS * HEAD_DIM), "f32")
+    layer, heads, kv_heads = ("layer", LAYER), ("heads", HEADS), ("kv_heads", KV_HEADS)
+    q, k, v = ("q_first", 0), ("k_first", KEY_FIRST), ("v_first", VALUE_FIRST)
+    scores = ("scale", SCALE), ("window", 40), ("softcap", 0.0)
+    rest = (table, positions, angles, angles)
+    append_attend = (cache, qkv, qkv, qkv, *rest), (output, cache), (layer, heads, kv_heads, q, k, v, *scores)
+    append = (cache, qkv, qkv, *rest), (cache,), (layer, kv_heads, k, v)
+    attend = (qkv, cache, *rest), (output, cache), (layer, heads, q, *scores)
+    return (
+        LlmirCall("rope_append_attend", *append_attend),
+        LlmirCall("rope_append", *append),
+        LlmirCall("rope_attend", *attend),
+    )
+
+
+def module_of(element):
+    """A module of two functions: `decode` and `prefill`, from cache, qkv, table, positions and angles."""
+    fused, append, attend = calls(1, element)[0], *calls(None, element)[1:]
+    functions = {
+        **definitions.rope_append_attend(fused, TARGET),
+        **definitions.rope_append(append, TARGET),
+        **definitions.rope_attend(attend, TARGET),
+    }
+
+    def signature(name, operands, results):
+        names = ("cache", "qkv", "table", "positions", "cosines", "sines")
+        arguments = ", ".join(f"%{name}: {operand}" for name, operand in zip(names, operands, strict=True))
+        return f"util.func public @{name}({arguments}) -> ({', '.join(map(str, results))}) {{"
+
+    def call(llmir_call, operands):
+        types = ", ".join(map(str, llmir_call.operands))
+        results = ", ".join(map(str, llmir_call.results))
+        return f"util.call @{llmir_call.symbol}({operands}, %layer) : ({types}, index) -> ({results})"
+
+    rest = "%table, %positions, %cosines, %sines"
+    cache, qkv = fused.operands[:2]
+    return (
+        "\n".join(functions.values())
+        + f"""
+{signature("decode", (cache, qkv, *fused.operands[4:]), fused.results)}
+  %layer = arith.constant {LAYER} : index
+  %result:2 = {call(fused, f"%cache, %qkv, %qkv, %qkv, {rest}")}
+  util.return %result#0, %result#1 : {fused.results[0]}, {cache}
+}}
+{signature("prefill", (cache, attend.operands[0], *attend.operands[2:]), attend.results)}
+  %layer = arith.constant {LAYER} : index
+  %appended = {call(append, f"%cache, %qkv, %qkv, {rest}")}
+  %result:2 = {call(attend, f"%qkv, %appended, {rest}")}
+  util.return %result#0, %result#1 : {attend.results[0]}, {cache}
+}}"""
+    )
+
+
+def test_compiled_module_prefills_and_decodes(objects, dtype, monkeypatch):
+    monkeypatch.setattr(objects_module, "PACKAGED", objects.parent)
+    monkeypatch.setattr(definitions, "choose_variant", lambda *_: build.VARIANTS[objects.name])
+    binary = compile_str(
+        module_of({"float16": "f16", "bfloat16": "bf16"}[dtype.name]), input_type="none", extra_args=TARGET.flags
+    )
+    config = runtime.Config("local-task")
+    module = runtime.load_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, binary), config)
+    for function, starts, seq in (
+        (module.prefill, [0, 7], 9),
+        (module.decode, [9, 300], 1),
+        (module.decode, [5000, 0], 1),  # more positions than splits would like
+    ):
+        qkv, cache, table, positions, rotation = scene(starts, seq, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, dtype)
+        stored = append(qkv, cache, table, positions, rotation)
+        output, updated = function(cache, qkv, table, positions, *rotation)
+        check_cache(updated.to_host(), stored)
+        expected = attend(qkv, updated.to_host().astype(np.float32), table, positions, rotation, window=40)
+        np.testing.assert_allclose(output.to_host(), expected.reshape(2, seq, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("element", "head_dim", "accepted"),
+    [("f16", 64, True), ("bf16", 256, True), ("f32", 64, False), ("f16", 65, False), ("f16", 512, False)],
+)
+def test_kernels_accept_what_they_are_written_for(element, head_dim, accepted):
+    for call in calls(1, element):
+        operands = [
+            TensorType((*operand.shape[:-1], head_dim), operand.element) if len(operand.shape) == 6 else operand
+            for operand in call.operands
+        ]
+        assert (
+            definitions.accepts_rope(LlmirCall(call.op, tuple(operands), call.results, call.constants), TARGET)
+            == accepted
+        )
