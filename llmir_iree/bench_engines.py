@@ -178,6 +178,20 @@ def transformers_bytes(file: Path) -> int:
         return sum(4 * int(np.prod(info.shape)) for info in checkpoint.tensors.values())
 
 
+def import_llama_cpp() -> Any:
+    """The package llama-cpp-python.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        return import_module("llama_cpp")
+    except ImportError:
+        raise RequestError(
+            'llama.cpp is not installed; pip install "llmir-iree[bench]" (it compiles for some minutes)'
+        ) from None
+
+
 class LlamaCppEngine(Engine):
     """llama.cpp on the CPU through llama-cpp-python's low-level calls, without its tokenizer and its samplers."""
 
@@ -190,12 +204,7 @@ class LlamaCppEngine(Engine):
             RequestError: the package is not installed.
             SourceError: llama.cpp refuses the file.
         """
-        try:
-            self._llama: Any = import_module("llama_cpp")
-        except ImportError:
-            raise RequestError(
-                'llama.cpp is not installed; pip install "llmir-iree[bench]" (it compiles for some minutes)'
-            ) from None
+        self._llama = import_llama_cpp()
         self.versions = {"llama-cpp-python": version("llama-cpp-python")}
         self._errors: list[str] = []
         self._log = self._llama.llama_log_callback(self._take_log)  # Held: the library keeps only the pointer.
