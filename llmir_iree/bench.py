@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from llmir_iree.bench_cases import Case, Test, Work, parse_test
+from llmir_iree.bench_cases import Case, TimedTest, Work, parse_test
 from llmir_iree.bench_perplexity import (
     CHUNK_TOKENS,
     TOLERANCE,
@@ -70,7 +70,7 @@ class BenchOptions:
     target: str | None = None
     device: str | None = None
     perplexity: int = 0
-    parsed: tuple[Test, ...] = field(init=False, repr=False)
+    parsed: tuple[TimedTest, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parsed", tuple(parse_test(test) for test in self.tests))

@@ -20,7 +20,7 @@ _TEST = re.compile(r"(pp|tg)([1-9]\d{0,6})(?:@([1-9]\d{0,6}))?(?:x([1-9]\d{0,3})
 
 
 @dataclass(frozen=True)
-class Test:
+class TimedTest:
     """A test as it is asked for: its kind, new tokens, tokens before them, and a batch size of its own."""
 
     kind: Kind
@@ -59,8 +59,8 @@ class Case:
         return self.tokens * self.batch
 
 
-def parse_test(name: str) -> Test:
-    """The test of a name: "tg32@2048x4" is Test("tg", 32, 2048, 4).
+def parse_test(name: str) -> TimedTest:
+    """The test of a name: "tg32@2048x4" is TimedTest("tg", 32, 2048, 4).
 
     Raises:
         RequestError: not a test's name.
@@ -72,7 +72,7 @@ def parse_test(name: str) -> Test:
             "as pp128; x<b> behind it asks for a batch of its own"
         )
     kind: Kind = "pp" if match[1] == "pp" else "tg"
-    return Test(kind, int(match[2]), int(match[3] or 0), int(match[4]) if match[4] else None)
+    return TimedTest(kind, int(match[2]), int(match[3] or 0), int(match[4]) if match[4] else None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -242,18 +244,49 @@ def transformers_bytes(file: Path) -> int:
         return sum(4 * int(np.prod(info.shape)) for info in checkpoint.tensors.values())
 
 
-def import_llama_cpp() -> Any:
-    """The package llama-cpp-python.
+@dataclass(frozen=True)
+class LlamaCppLog:
+    """The errors that llama.cpp logs: one list for the whole process, as it has one log.
+
+    `callback` is held because the library keeps only the pointer, and calls it as long as it runs.
+    """
+
+    callback: Any
+    errors: list[str]
+
+    def first_error(self) -> str:
+        """The log's first error, which is the cause; those after it say what it led to."""
+        return self.errors[0] if self.errors else "it does not say why"
+
+
+def import_llama_cpp() -> tuple[Any, LlamaCppLog]:
+    """The package llama-cpp-python, and its log, empty.
 
     Raises:
         RequestError: it is not installed.
     """
     try:
-        return import_module("llama_cpp")
+        llama = import_module("llama_cpp")
     except ImportError:
         raise RequestError(
             'llama.cpp is not installed; pip install "llmir-iree[bench]" (it compiles for some minutes)'
         ) from None
+    log = _take_log(llama)
+    log.errors.clear()
+    return llama, log
+
+
+@cache
+def _take_log(llama: Any) -> LlamaCppLog:
+    errors: list[str] = []
+
+    def take(level: int, text: bytes, _data: object) -> None:
+        if level == _GGML_LOG_ERROR:
+            errors.append(text.decode(errors="replace").strip())
+
+    log = LlamaCppLog(llama.llama_log_callback(take), errors)
+    llama.llama_log_set(log.callback, ctypes.c_void_p(0))
+    return log
 
 
 class LlamaCppEngine(Engine):
@@ -268,18 +301,15 @@ class LlamaCppEngine(Engine):
             RequestError: the package is not installed.
             SourceError: llama.cpp refuses the file.
         """
-        self._llama = import_llama_cpp()
+        self._llama, self._log = import_llama_cpp()
         self.versions = {"llama-cpp-python": version("llama-cpp-python")}
-        self._errors: list[str] = []
-        self._log = self._llama.llama_log_callback(self._take_log)  # Held: the library keeps only the pointer.
-        self._llama.llama_log_set(self._log, ctypes.c_void_p(0))
         self._llama.llama_backend_init()
 
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = 0
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise SourceError(f"llama.cpp cannot load {file}: {self._first_error()}")
+            raise SourceError(f"llama.cpp cannot load {file}: {self._log.first_error()}")
         self._threads = threads
         self.vocab_size = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         self._shape = (0, 0)
@@ -304,7 +334,7 @@ class LlamaCppEngine(Engine):
             params.offload_kqv = params.op_offload = False  # A build for GPUs would use one even without layers there.
             self._context = self._llama.llama_init_from_model(self._model, params)
             if not self._context:
-                raise RequestError(f"llama.cpp has no room for {batch} x {room} tokens: {self._first_error()}")
+                raise RequestError(f"llama.cpp has no room for {batch} x {room} tokens: {self._log.first_error()}")
             self._batch = self._llama.llama_batch_init(batch * room, 0, 1)
             self._shape = (batch, room)
             self._held = 0
@@ -352,7 +382,9 @@ class LlamaCppEngine(Engine):
                 batch.logits[index] = column >= first
         status = self._llama.llama_decode(self._context, batch)
         if status != 0:
-            raise RequestError(f"llama_decode of {rows} x {count} tokens ended with {status}: {self._first_error()}")
+            raise RequestError(
+                f"llama_decode of {rows} x {count} tokens ended with {status}: {self._log.first_error()}"
+            )
         self._llama.llama_synchronize(self._context)
         self._position += count
         self._count = count
@@ -376,11 +408,3 @@ class LlamaCppEngine(Engine):
             self._llama.llama_batch_free(self._batch)
             self._llama.llama_free(self._context)
             self._context = None
-
-    def _take_log(self, level: int, text: bytes, _data: object) -> None:
-        if level == _GGML_LOG_ERROR:
-            self._errors.append(text.decode(errors="replace").strip())
-
-    def _first_error(self) -> str:
-        """The log's first error, which is the cause; those after it say what it led to."""
-        return self._errors[0] if self._errors else "it does not say why"

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import gguf
@@ -71,9 +70,6 @@ def write_checkpoints(name: str, folder: Path, note: Callable[[str], None] = lam
     Raises:
         LlmirError: llama-cpp-python is not installed, or fails.
     """
-    from llmir_iree.bench_engines import import_llama_cpp
-
-    llama = import_llama_cpp()
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / f"{name}-f16.gguf"
     note(f"writing {plain}")
@@ -82,7 +78,7 @@ def write_checkpoints(name: str, folder: Path, note: Callable[[str], None] = lam
     for weight_format in QUANTIZED:
         file = folder / f"{name}-{weight_format}.gguf"
         note(f"writing {file}")
-        _in_place(file, lambda partial, chosen=weight_format: _quantize(llama, plain, partial, chosen))
+        _in_place(file, lambda partial, chosen=weight_format: quantize_gguf(plain, partial, chosen))
         files.append(file)
     return files
 
@@ -165,14 +161,21 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_eos_token_id(2)
 
 
-def _quantize(llama: Any, plain: Path, file: Path, weight_format: str) -> None:
-    """What llama-quantize does with no option but the type."""
+def quantize_gguf(plain: Path, file: Path, weight_format: str) -> None:
+    """What llama-quantize does with no option but the type.
+
+    Raises:
+        LlmirError: llama-cpp-python is not installed, or refuses the file.
+    """
+    from llmir_iree.bench_engines import import_llama_cpp
+
+    llama, log = import_llama_cpp()
     params = llama.llama_model_quantize_default_params()
     params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{weight_format.upper()}")
     params.nthread = cpu_count()
     status = llama.llama_model_quantize(str(plain).encode(), str(file).encode(), params)
     if status != 0:
-        raise LlmirError(f"llama.cpp cannot quantise {plain} to {weight_format}: it ends with {status}")
+        raise LlmirError(f"llama.cpp cannot quantise {plain} to {weight_format}: {log.first_error()}")
 
 
 def _in_place(file: Path, write: Callable[[Path], None]) -> None:

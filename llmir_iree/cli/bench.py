@@ -79,6 +79,8 @@ def main(
     options = BenchOptions(
         bundle, _split(tests), _numbers(batch or ""), repetitions, peers, gguf, target, device, perplexity
     )
+    if is_appended and output is None:
+        raise RequestError("--append needs a file to add to: name it with --output FILE")
     if output is not None and not output.absolute().parent.is_dir():  # Known now, not after minutes.
         raise RequestError(f"{output}: no such folder to write to")
     text = RENDERERS[format_name](run_bench(options, lambda line: None if quiet else click.echo(line, err=True)))

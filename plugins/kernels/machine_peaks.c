@@ -5,7 +5,9 @@ enum { READ_STREAMS = 4 };       // that a workgroup reads side by side
 enum { PREFETCH_VECTORS = 16 };  // how far ahead
 enum { BYTES = 64 };             // of a vector
 
-// As many products as keep the units for them busy while each waits for its sum, and as few as fit the registers.
+enum { OPERANDS = 4 };  // vectors on each side of the products
+
+// A square of products at a time: as many as keep the units busy while each waits for its sum, if registers hold them.
 #if defined(__AVX512F__)
 enum { SIDE = 4 };
 #else
@@ -14,7 +16,7 @@ enum { SIDE = 2 };
 
 // Reads vectors workgroup * vectors_per_workgroup and on, once.
 //   in   uint8 [vectors, 64]
-//   out  int32 [workgroups]; 1 where a byte of the workgroup's share is not zero, which nobody wants to know
+//   out  int32 [workgroups]: 1 if the workgroup's share has a byte that is not zero; what was read must have a use
 KERNEL void llmir_read_memory(const uint8_t* restrict in, size_t in_offset, int32_t* restrict out, size_t out_offset,
                               size_t vectors, size_t workgroup, size_t vectors_per_workgroup) {
   size_t first = workgroup * vectors_per_workgroup, end = min_size(vectors, first + vectors_per_workgroup);
@@ -33,31 +35,30 @@ KERNEL void llmir_read_memory(const uint8_t* restrict in, size_t in_offset, int3
   out[out_offset + workgroup] = reduce_max_i32((i32x16)((i32x16)seen[0] != 0) & 1);
 }
 
-// Multiplies the same bytes over and over, every vector of a with every vector of b, and each product has a sum of its
-// own: nothing waits, and little is loaded.
-//   a, b  uint8 and int8 [4, 64]
-//   out   int32 [workgroups, 16]: the sums, added up
-//   rounds  times that each workgroup does 16 dot products of vectors
+// Multiplies the same bytes over and over, every vector of a with every vector of b.
+//   a       uint8 [4, 64]
+//   b       int8 [4, 64]
+//   out     int32 [workgroups, 16]: the dot products of bytes, four to a lane, added up
+//   rounds  that each workgroup does, of 16 products of vectors
 KERNEL void llmir_multiply_bytes(const uint8_t* restrict a, size_t a_offset, const int8_t* restrict b, size_t b_offset,
                                  int32_t* restrict out, size_t out_offset, size_t rounds, size_t workgroup) {
-  const uint8_t* left = a + a_offset;
-  const uint8_t* right = (const uint8_t*)b + b_offset;
+  const uint8_t *left = a + a_offset, *right = (const uint8_t*)(b + b_offset);
   i32x16 sums[SIDE][SIDE];
   UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) sums[i][j] = splat_i32(0);
-  for (size_t round = 0; round < rounds * (16 / SIDE / SIDE); ++round) {
-    FINISH_BEFORE_LOADS(left);
-    FINISH_BEFORE_LOADS(right);
-    u8x64 x[SIDE];
-    i8x64 y[SIDE];
-    UNROLL for (int i = 0; i < SIDE; ++i) {
-      x[i] = load_u8(left + i * BYTES);
-      y[i] = (i8x64)load_u8(right + i * BYTES);
-    }
-    UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) {
-      sums[i][j] = dot_u8_i8(sums[i][j], x[i], y[j]);
+  for (size_t round = 0; round < rounds; ++round) {
+    UNROLL for (int square = 0; square < OPERANDS * OPERANDS; square += SIDE * SIDE) {
+      const int row = square / OPERANDS / SIDE * SIDE, column = square / SIDE % OPERANDS;
+      FINISH_BEFORE_LOADS(left);
+      FINISH_BEFORE_LOADS(right);
+      i8x64 y[SIDE];
+      UNROLL for (int j = 0; j < SIDE; ++j) y[j] = (i8x64)load_u8(right + (column + j) * BYTES);
+      UNROLL for (int i = 0; i < SIDE; ++i) {
+        u8x64 x = load_u8(left + (row + i) * BYTES);
+        UNROLL for (int j = 0; j < SIDE; ++j) sums[i][j] = dot_u8_i8(sums[i][j], x, y[j]);
+      }
     }
   }
   i32x16 total = splat_i32(0);
   UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) total += sums[i][j];
-  store_f32((float*)out + out_offset + workgroup * LANES, (f32x16)total);
+  store_f32((float*)(out + out_offset) + workgroup * LANES, (f32x16)total);
 }
