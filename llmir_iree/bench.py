@@ -125,7 +125,7 @@ def run_bench(options: BenchOptions, note: Callable[[str], None] = lambda _: Non
         if chunks is not None:
             perplexity = _measure_perplexity([ours, *peers], chunks, batches[-1], note)
 
-        peaks = Peaks(bundle.checked_parameters())
+        peaks = Peaks(bundle.checked_parameters(), ours.session.device_uri)
         load = OtherLoad()
         rates = []
         for case in cases:
@@ -137,11 +137,9 @@ def run_bench(options: BenchOptions, note: Callable[[str], None] = lambda _: Non
             note(f"warning: other processes kept {other_load:.0%} of the cores busy; the times are not to be trusted")
 
     work = Work.of(bundle)
-    # The measured peaks are the host's.
-    is_host = ours.session.device_uri.startswith("local")
     rows: list[Row] = []
     for case, (our_rates, *peer_rates) in zip(cases, rates, strict=True):
-        throughput = _throughput(case, our_rates, work, peaks if is_host else None)
+        throughput = _throughput(case, our_rates, work, peaks)
         by_peer = dict(zip(options.peers, peer_rates, strict=True))
         rows += compare_rates(bundle.manifest.model.name, case, our_rates, throughput, by_peer)
     header = Header(
@@ -166,13 +164,19 @@ class Peaks:
     """The best that the machine was seen to give: what disturbs a measurement makes it smaller, never larger.
 
     Attributes:
-        bandwidth: bytes read a second; None before `measure`, and where the machine's peaks cannot be measured.
+        bandwidth: bytes read a second; None before `measure`, and where there is nothing that could measure it.
         macs: products of bytes a second; None likewise.
     """
 
-    def __init__(self, file: Path) -> None:
-        """Measure nothing yet; `file` is what is read, see `PeakMeter.bandwidth`."""
+    def __init__(self, file: Path, device_uri: str) -> None:
+        """Measure nothing yet.
+
+        Args:
+            file: what is read, see `PeakMeter.bandwidth`.
+            device_uri: whose peaks are wanted. The kernels measure the host's.
+        """
         self._file = file
+        self._is_host = device_uri.startswith("local")
         self.bandwidth: float | None = None
         self.macs: float | None = None
 
@@ -180,7 +184,7 @@ class Peaks:
         """Measure once more."""
         from llmir_iree.peaks import open_peak_meter
 
-        meter = open_peak_meter()
+        meter = open_peak_meter() if self._is_host else None
         if meter is not None:
             self.bandwidth = max(self.bandwidth or 0.0, meter.bandwidth(self._file))
             self.macs = max(self.macs or 0.0, meter.macs())
@@ -325,18 +329,18 @@ def time_tokens(engine: Engine, case: Case, tokens: IntArray, length: int) -> fl
     return time.perf_counter() - start
 
 
-def _throughput(case: Case, rates: Sequence[float], work: Work, peaks: Peaks | None) -> Throughput:
-    """What a case's rates mean in bytes and products, and beside the machine's peaks if it ran on that machine."""
+def _throughput(case: Case, rates: Sequence[float], work: Work, peaks: Peaks) -> Throughput:
+    """What a case's rates mean in bytes and products, alone and beside the peaks."""
     seconds = fmean(case.timed_tokens / rate for rate in rates)
     macs = work.macs(case) / seconds or None
     # A prompt computes rather than reads.
     read = work.read_bytes(case) / seconds if case.kind == "tg" else None
     return Throughput(
         gb_s=_giga(read),
-        bandwidth_share=_share(read, peaks and peaks.bandwidth),
+        bandwidth_share=_share(read, peaks.bandwidth),
         gmac_s=_giga(macs),
         # Plain weights are multiplied as floats, for which the peak of bytes is no measure.
-        peak_share=_share(macs, peaks and peaks.macs) if work.is_integer else None,
+        peak_share=_share(macs, peaks.macs) if work.is_integer else None,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -73,12 +74,12 @@ def write_checkpoints(name: str, folder: Path, note: Callable[[str], None] = lam
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / f"{name}-f16.gguf"
     note(f"writing {plain}")
-    _in_place(plain, lambda partial: write_random_gguf(name, SHAPES[name], partial))
+    _in_place(plain, partial(write_random_gguf, name, SHAPES[name]))
     files = [plain]
     for weight_format in QUANTIZED:
         file = folder / f"{name}-{weight_format}.gguf"
         note(f"writing {file}")
-        _in_place(file, lambda partial, chosen=weight_format: quantize_gguf(plain, partial, chosen))
+        _in_place(file, partial(quantize_gguf, plain, weight_format=weight_format))
         files.append(file)
     return files
 
@@ -180,12 +181,12 @@ def quantize_gguf(plain: Path, file: Path, weight_format: str) -> None:
 
 def _in_place(file: Path, write: Callable[[Path], None]) -> None:
     """Let `write` write beside the file's place, and rename when it is whole."""
-    partial = file.with_name(f"{file.name}.partial")
+    unfinished = file.with_name(f"{file.name}.partial")
     try:
-        write(partial)
-        partial.replace(file)
+        write(unfinished)
+        unfinished.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 @click.command("bench_models", cls=LlmirCommand)

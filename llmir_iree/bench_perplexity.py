@@ -64,7 +64,7 @@ def cut_chunks(tokenizer: Tokenizer, text: str, tokens: int, bos: int | None, si
     if chunks < 1 or chunks * size > len(ids):
         raise RequestError(f"perplexity of {tokens} tokens: the text has {len(ids)}, and a chunk takes {size}")
     cut = ids[: chunks * size].reshape(chunks, size).copy()
-    if tokenizer.encode("")[:1] == [bos]:
+    if bos is not None and tokenizer.encode("")[:1] == [bos]:
         cut[:, 0] = bos
     return cut
 

@@ -254,7 +254,8 @@ def _describe(header: Header) -> list[tuple[str, str]]:
 
 def _perplexity(perplexity: Perplexity) -> str:
     values = ", ".join(f"{name} {value:.3f}" for name, value in perplexity.values.items())
-    return f"{values} ({perplexity.distance:.2%} apart), of {perplexity.tokens} tokens of Python's help texts"
+    distance = f" ({perplexity.distance:.2%} apart)" if len(perplexity.values) > 1 else ""
+    return f"{values}{distance}, of {perplexity.tokens} tokens of Python's help texts"
 
 
 def _versions(header: Header) -> str:

@@ -140,7 +140,7 @@ NO_THROUGHPUT = Throughput(None, None, None, None)
 
 
 def peaks_of(bandwidth: float | None, macs: float | None) -> Peaks:
-    peaks = Peaks(Path("weights"))
+    peaks = Peaks(Path("weights"), "local-task")
     peaks.bandwidth, peaks.macs = bandwidth, macs
     return peaks
 
@@ -186,9 +186,8 @@ def test_a_prompt_has_no_bandwidth_and_plain_weights_no_share_of_the_peak_of_byt
     assert bench._throughput(case, [4.0], plain, peaks_of(1.0, 20700.0)) == Throughput(None, None, 2070 / 1e9, None)
 
 
-@pytest.mark.parametrize("peaks", [None, peaks_of(None, None)])
-def test_without_peaks_there_are_no_shares(peaks: Peaks | None) -> None:
-    throughput = bench._throughput(Case("tg", 3, 4), [12.0], WORK, peaks)
+def test_without_peaks_there_are_no_shares() -> None:
+    throughput = bench._throughput(Case("tg", 3, 4), [12.0], WORK, peaks_of(None, None))
     assert throughput == Throughput(3360 / 1e9, None, 6840 / 1e9, None)
 
 
@@ -197,28 +196,37 @@ def test_a_model_without_matmuls_has_no_products() -> None:
     assert bench._throughput(Case("pp", 4, 1), [4.0], none, peaks_of(1, 1)) == NO_THROUGHPUT
 
 
+class FakeMeter:
+    """Finds a disturbed machine, each time another peak."""
+
+    def __init__(self) -> None:
+        self.found = iter([(3.0, 10.0), (5.0, 8.0)])
+
+    def bandwidth(self, file: Path) -> float:
+        assert file == Path("weights")
+        self.latest = next(self.found)
+        return self.latest[0]
+
+    def macs(self) -> float:
+        return self.latest[1]
+
+
 def test_peaks_keep_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = iter([(3.0, 10.0), (5.0, 8.0)])
-
-    class Meter:
-        def bandwidth(self, file: Path) -> float:
-            self.latest = next(measured)
-            return self.latest[0]
-
-        def macs(self) -> float:
-            return self.latest[1]
-
-    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", Meter)
-    peaks = Peaks(Path("weights"))
+    meter = FakeMeter()
+    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", lambda: meter)
+    peaks = Peaks(Path("weights"), "local-task")
     peaks.measure()
-    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", Meter)
+    assert (peaks.bandwidth, peaks.macs) == (3.0, 10.0)
     peaks.measure()
     assert (peaks.bandwidth, peaks.macs) == (5.0, 10.0)
 
 
-def test_without_kernels_there_are_no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", lambda: None)
-    peaks = Peaks(Path("weights"))
+@pytest.mark.parametrize(("device", "meter"), [("local-task", None), ("cuda://0", FakeMeter())])
+def test_peaks_are_left_out_where_nothing_measures_them(
+    monkeypatch: pytest.MonkeyPatch, device: str, meter: FakeMeter | None
+) -> None:
+    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", lambda: meter)
+    peaks = Peaks(Path("weights"), device)
     peaks.measure()
     assert (peaks.bandwidth, peaks.macs) == (None, None)
 
@@ -373,6 +381,11 @@ def test_markdown_is_silent_about_what_was_not_measured() -> None:
     text = RENDERERS["markdown"](Report(header, ()))
     assert "- machine: Some, CPU, 2 cores (2 threads)\n" in text
     assert "perplexity" not in text
+
+
+def test_one_engine_is_not_apart_from_itself() -> None:
+    header = dataclasses.replace(report().header, perplexity=Perplexity(512, {"llmir-iree": 10.0}))
+    assert "- perplexity: llmir-iree 10.000, of 512 tokens" in RENDERERS["markdown"](Report(header, ()))
 
 
 def test_json_holds_all_and_rounds_nothing() -> None:
