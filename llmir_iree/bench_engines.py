@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +19,12 @@ from llmir_iree.bundle import Bundle, Phase
 from llmir_iree.machine import available_memory
 from llmir_iree.pages import PADDING_PAGE
 from llmir_iree.params.errors import RequestError, SourceError
-from llmir_iree.session import Session, StepResult
+from llmir_iree.session import CACHE_DTYPES, Session, StepResult
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
+
+_SEED = 20
 
 # The session refuses narrower ones.
 _MIN_SEQ = 2
@@ -45,8 +50,11 @@ class Engine(ABC):
     vocab_size: int
 
     @abstractmethod
-    def start(self, batch: int, length: int) -> None:
-        """Empty the cache and make room for `batch` sequences of `length` tokens."""
+    def start(self, batch: int, length: int, context: int = 0) -> None:
+        """Empty the cache and make room for `batch` sequences of `length` tokens.
+
+        With `context`, go on as behind so many tokens; which ones, no one is to know.
+        """
 
     @abstractmethod
     def step(self, tokens: IntArray) -> None:
@@ -56,8 +64,36 @@ class Engine(ABC):
     def logits(self) -> FloatArray:
         """f32 [batch, vocab]: logits after the last step."""
 
+    def losses(self, tokens: IntArray, first: int) -> npt.NDArray[np.float64]:
+        """How much each token surprises: -log p of it behind those before it.
+
+        Args:
+            tokens: i32 [batch, n], from an empty cache on.
+            first: tokens up to this one, counted from 0, are context only.
+
+        Returns:
+            f64 [batch, n - 1 - first].
+        """
+        batch, count = tokens.shape
+        self.start(batch, count)
+        self.step(tokens[:, :first])
+        losses = []
+        for index in range(first, count - 1):
+            self.step(tokens[:, index : index + 1])
+            losses.append(token_losses(self.logits(), tokens[:, index + 1]))
+        return np.stack(losses, axis=1)
+
     def close(self) -> None:  # noqa: B027  most have nothing to do
         """Give memory back; the engine is of no more use."""
+
+
+def token_losses(logits: FloatArray, tokens: IntArray) -> npt.NDArray[np.float64]:
+    """-log of the probability that logits f32 [rows, vocab] give to one token each, i32 [rows]: f64 [rows]."""
+    largest = logits.max(axis=1, keepdims=True)
+    totals = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
+    chosen = np.take_along_axis(logits, tokens[:, None].astype(np.int64), axis=1) - largest
+    losses: npt.NDArray[np.float64] = np.log(totals) - chosen[:, 0]
+    return losses
 
 
 class BundleEngine(Engine):
@@ -65,26 +101,38 @@ class BundleEngine(Engine):
 
     name = "llmir-iree"
 
-    def __init__(self, bundle: Bundle, target: str | None, device: str | None, batch: int, length: int) -> None:
-        """Load the modules, with a cache for up to `batch` sequences of up to `length` tokens.
+    def __init__(
+        self, bundle: Bundle, target: str | None, device: str | None, rooms: Iterable[tuple[int, int]]
+    ) -> None:
+        """Load the modules.
+
+        Args:
+            bundle: what to run.
+            target: as `Session` takes it.
+            device: as `Session` takes it.
+            rooms: every batch and length that `start` is going to be asked for.
 
         Raises:
             LlmirError: whatever `Session` refuses.
         """
-        entries = max(_MIN_TABLE, bundle.manifest.cache.pages_for(length))
-        self.session = Session(bundle, target, device, pages=PADDING_PAGE + 1 + batch * entries)
+        pages_for = bundle.manifest.cache.pages_for
+        pages = max(batch * max(_MIN_TABLE, pages_for(length)) for batch, length in rooms)
+        self.session = Session(bundle, target, device, pages=PADDING_PAGE + 1 + pages)
         self.versions = {"llmir-iree": version("llmir-iree"), "iree-base-runtime": version("iree-base-runtime")}
         self.vocab_size = bundle.manifest.model.vocab_size
         self._position = 0
         self._page_table = np.zeros((0, 0), np.int32)
         self._result: StepResult | None = None
+        self._is_filled = False
 
-    def start(self, batch: int, length: int) -> None:
-        """Deal the pages out; what they still hold lies beyond the sequences' ends."""
+    def start(self, batch: int, length: int, context: int = 0) -> None:
+        """Deal the pages out; what they still hold lies beyond the sequences' ends, or is the context."""
         entries = max(_MIN_TABLE, self.session.pool.pages_for(length))
         pages = np.arange(batch * entries, dtype=np.int32) + PADDING_PAGE + 1
         self._page_table = pages.reshape(batch, entries)
-        self._position = 0
+        if context and not self._is_filled:
+            self._fill_cache()
+        self._position = context
 
     def step(self, tokens: IntArray) -> None:
         """A first token is a prefill, as in `Session`'s own use, where decode only ever goes on from one."""
@@ -104,6 +152,15 @@ class BundleEngine(Engine):
         """f32 [batch, vocab]."""
         assert self._result is not None
         return self._result.logits()
+
+    def _fill_cache(self) -> None:
+        """Write random numbers into every page, the same into each."""
+        cache = self.session.bundle.manifest.cache
+        page = (
+            np.random.default_rng(_SEED).standard_normal(cache.page_shape, np.float32).astype(CACHE_DTYPES[cache.dtype])
+        )
+        self.session.write_cache(np.broadcast_to(page, (self.session.pool.pages, *page.shape)))
+        self._is_filled = True
 
 
 class TransformersEngine(Engine):
@@ -144,13 +201,22 @@ class TransformersEngine(Engine):
                 parameter.copy_(torch.from_numpy(np.require(values, requirements="W")))
         self.vocab_size = config.vocab_size
         self._torch = torch
+        self._transformers = transformers
         self._model = model.eval()
         self._cache: Any = None
         self._logits: Any = None
 
-    def start(self, batch: int, length: int) -> None:
-        """Drop the cache; transformers grows a new one as it goes."""
+    def start(self, batch: int, length: int, context: int = 0) -> None:
+        """Drop the cache; transformers grows a new one as it goes, here behind random keys and values."""
         self._cache = None
+        if context:
+            config = self._model.config
+            shape = (batch, config.num_key_value_heads, context, config.head_dim)
+            random = self._torch.Generator().manual_seed(_SEED)
+            self._cache = self._transformers.DynamicCache(config=config)
+            for layer in range(config.num_hidden_layers):
+                keys, values = (self._torch.randn(shape, generator=random) for _ in range(2))
+                self._cache.update(keys, values, layer)
 
     def step(self, tokens: IntArray) -> None:
         """One forward pass that computes the last position's logits only."""
@@ -178,6 +244,51 @@ def transformers_bytes(file: Path) -> int:
         return sum(4 * int(np.prod(info.shape)) for info in checkpoint.tensors.values())
 
 
+@dataclass(frozen=True)
+class LlamaCppLog:
+    """The errors that llama.cpp logs: one list for the whole process, as it has one log.
+
+    `callback` is held because the library keeps only the pointer, and calls it as long as it runs.
+    """
+
+    callback: Any
+    errors: list[str]
+
+    def first_error(self) -> str:
+        """The log's first error, which is the cause; those after it say what it led to."""
+        return self.errors[0] if self.errors else "it does not say why"
+
+
+def import_llama_cpp() -> tuple[Any, LlamaCppLog]:
+    """The package llama-cpp-python, and its log, empty.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        llama = import_module("llama_cpp")
+    except ImportError:
+        raise RequestError(
+            'llama.cpp is not installed; pip install "llmir-iree[bench]" (it compiles for some minutes)'
+        ) from None
+    log = _take_log(llama)
+    log.errors.clear()
+    return llama, log
+
+
+@cache
+def _take_log(llama: Any) -> LlamaCppLog:
+    errors: list[str] = []
+
+    def take(level: int, text: bytes, _data: object) -> None:
+        if level == _GGML_LOG_ERROR:
+            errors.append(text.decode(errors="replace").strip())
+
+    log = LlamaCppLog(llama.llama_log_callback(take), errors)
+    llama.llama_log_set(log.callback, ctypes.c_void_p(0))
+    return log
+
+
 class LlamaCppEngine(Engine):
     """llama.cpp on the CPU through llama-cpp-python's low-level calls, without its tokenizer and its samplers."""
 
@@ -190,23 +301,15 @@ class LlamaCppEngine(Engine):
             RequestError: the package is not installed.
             SourceError: llama.cpp refuses the file.
         """
-        try:
-            self._llama: Any = import_module("llama_cpp")
-        except ImportError:
-            raise RequestError(
-                'llama.cpp is not installed; pip install "llmir-iree[bench]" (it compiles for some minutes)'
-            ) from None
+        self._llama, self._log = import_llama_cpp()
         self.versions = {"llama-cpp-python": version("llama-cpp-python")}
-        self._errors: list[str] = []
-        self._log = self._llama.llama_log_callback(self._take_log)  # Held: the library keeps only the pointer.
-        self._llama.llama_log_set(self._log, ctypes.c_void_p(0))
         self._llama.llama_backend_init()
 
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = 0
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), params)
         if not self._model:
-            raise SourceError(f"llama.cpp cannot load {file}: {self._first_error()}")
+            raise SourceError(f"llama.cpp cannot load {file}: {self._log.first_error()}")
         self._threads = threads
         self.vocab_size = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
         self._shape = (0, 0)
@@ -214,9 +317,13 @@ class LlamaCppEngine(Engine):
         self._batch: Any = None
         self._position = 0
         self._count = 0
+        self._held = 0  # Tokens of the context that the cache holds from an earlier start.
 
-    def start(self, batch: int, length: int) -> None:
-        """Clear the cache; a context of another shape is made anew, with llama.cpp's defaults in all else."""
+    def start(self, batch: int, length: int, context: int = 0) -> None:
+        """Clear the cache but for the context; llama.cpp's own is made anew for another shape, with its defaults.
+
+        llama.cpp takes no keys and values from outside, so a context is a prompt of random tokens, and kept.
+        """
         room = -(-length // _LLAMA_CONTEXT_STEP) * _LLAMA_CONTEXT_STEP
         if self._shape != (batch, room):
             self._free_context()
@@ -227,14 +334,41 @@ class LlamaCppEngine(Engine):
             params.offload_kqv = params.op_offload = False  # A build for GPUs would use one even without layers there.
             self._context = self._llama.llama_init_from_model(self._model, params)
             if not self._context:
-                raise RequestError(f"llama.cpp has no room for {batch} x {room} tokens: {self._first_error()}")
+                raise RequestError(f"llama.cpp has no room for {batch} x {room} tokens: {self._log.first_error()}")
             self._batch = self._llama.llama_batch_init(batch * room, 0, 1)
             self._shape = (batch, room)
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
-        self._position = 0
+            self._held = 0
+        memory = self._llama.llama_get_memory(self._context)
+        if context and self._held == context:
+            self._llama.llama_memory_seq_rm(memory, -1, context, -1)
+        else:
+            self._llama.llama_memory_clear(memory, False)
+            self._position = 0
+            if context:
+                self.step(np.random.default_rng(_SEED).integers(self.vocab_size, size=(batch, context), dtype=np.int32))
+        self._held = self._position = context
 
     def step(self, tokens: IntArray) -> None:
         """One llama_decode of all sequences' tokens, with logits for each sequence's last one."""
+        self._decode(tokens, tokens.shape[1] - 1)
+
+    def losses(self, tokens: IntArray, first: int) -> npt.NDArray[np.float64]:
+        """As llama.cpp's perplexity does it: all tokens at once, with logits for the second half's."""
+        batch, count = tokens.shape
+        self.start(batch, count)
+        self._decode(tokens, first)
+        return np.stack(
+            [
+                token_losses(
+                    np.stack([self._logits(row * count + index) for row in range(batch)]), tokens[:, index + 1]
+                )
+                for index in range(first, count - 1)
+            ],
+            axis=1,
+        )
+
+    def _decode(self, tokens: IntArray, first: int) -> None:
+        """Append tokens; there are logits for those from `first` on."""
         rows, count = tokens.shape
         batch = self._batch
         batch.n_tokens = tokens.size
@@ -245,37 +379,32 @@ class LlamaCppEngine(Engine):
                 batch.pos[index] = self._position + column
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = row
-                batch.logits[index] = column == count - 1
+                batch.logits[index] = column >= first
         status = self._llama.llama_decode(self._context, batch)
         if status != 0:
-            raise RequestError(f"llama_decode of {rows} x {count} tokens ended with {status}: {self._first_error()}")
+            raise RequestError(
+                f"llama_decode of {rows} x {count} tokens ended with {status}: {self._log.first_error()}"
+            )
         self._llama.llama_synchronize(self._context)
         self._position += count
         self._count = count
 
     def logits(self) -> FloatArray:
         """f32 [batch, vocab]."""
-        rows = []
-        for row in range(self._shape[0]):
-            values = self._llama.llama_get_logits_ith(self._context, (row + 1) * self._count - 1)
-            rows.append(np.ctypeslib.as_array(values, (self.vocab_size,)).copy())
-        return np.stack(rows)
+        return np.stack([self._logits((row + 1) * self._count - 1) for row in range(self._shape[0])])
 
     def close(self) -> None:
         """Free the context and the model."""
         self._free_context()
         self._llama.llama_model_free(self._model)
 
+    def _logits(self, index: int) -> FloatArray:
+        """f32 [vocab]: logits of one of the last call's tokens, of all rows in order; the library's own memory."""
+        values = self._llama.llama_get_logits_ith(self._context, index)
+        return np.ctypeslib.as_array(values, (self.vocab_size,))
+
     def _free_context(self) -> None:
         if self._context:
             self._llama.llama_batch_free(self._batch)
             self._llama.llama_free(self._context)
             self._context = None
-
-    def _take_log(self, level: int, text: bytes, _data: object) -> None:
-        if level == _GGML_LOG_ERROR:
-            self._errors.append(text.decode(errors="replace").strip())
-
-    def _first_error(self) -> str:
-        """The log's first error, which is the cause; those after it say what it led to."""
-        return self._errors[0] if self._errors else "it does not say why"

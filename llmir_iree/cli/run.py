@@ -23,17 +23,20 @@ _CHAT_HELP = "/reset forgets the conversation, /stats tells about the last answe
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took; `share` is the part of the machine's memory bandwidth that the decode reached."""
+    """What one answer took; `share` is the part of the machine's memory bandwidth that the decode reached.
+
+    `machine_bytes_s` is None where the machine's bandwidth is not known.
+    """
 
     usage: Usage
-    machine_bytes_s: float
+    machine_bytes_s: float | None
     peak_bytes: int
 
     @property
     def share(self) -> float | None:
         """Decode's reading against a plain read of memory, 0 to 1 (or a little more, where caches help)."""
         achieved = self.usage.decode_bytes_s
-        return None if achieved is None else achieved / self.machine_bytes_s
+        return None if achieved is None or self.machine_bytes_s is None else achieved / self.machine_bytes_s
 
     def line(self) -> str:
         """All of it in one line."""
@@ -41,9 +44,10 @@ class Stats:
         parts = [f"first token {usage.ttft_s:.3f} s", f"prefill {usage.prefill_tok_s or 0:.1f} tok/s"]
         if usage.decode_tok_s is not None and usage.decode_bytes_s is not None:
             parts.append(f"decode {usage.decode_tok_s:.1f} tok/s")
-            parts.append(
-                f"{usage.decode_bytes_s / 1e9:.1f} GB/s read, {self.share:.0%} of {self.machine_bytes_s / 1e9:.1f}"
-            )
+            reading = f"{usage.decode_bytes_s / 1e9:.1f} GB/s read"
+            if self.machine_bytes_s is not None:
+                reading += f", {self.share:.0%} of {self.machine_bytes_s / 1e9:.1f}"
+            parts.append(reading)
         parts.append(f"peak memory {self.peak_bytes / 2**20:.0f} MiB")
         return " | ".join(parts)
 
@@ -132,7 +136,8 @@ def _write(stream: Iterator[Token]) -> Usage:
 
 
 def _measure(llm: LLM, usage: Usage) -> Stats:
-    from llmir_iree.machine import measure_bandwidth, peak_memory
+    from llmir_iree.machine import peak_memory
+    from llmir_iree.peaks import measure_bandwidth
 
     peak = peak_memory()  # First: measuring maps the weights once more.
     archive = llm.session.bundle.checked_parameters()
@@ -162,7 +167,7 @@ def _json(llm: LLM, tokens: list[Token]) -> str:
             "decode_s": usage.decode_s,
             "decode_tok_s": usage.decode_tok_s,
             "bandwidth_gb_s": None if achieved is None else achieved / 1e9,
-            "machine_bandwidth_gb_s": stats.machine_bytes_s / 1e9,
+            "machine_bandwidth_gb_s": None if stats.machine_bytes_s is None else stats.machine_bytes_s / 1e9,
             "bandwidth_share": stats.share,
             "peak_rss_bytes": stats.peak_bytes,
             "anonymous_bytes": anonymous,

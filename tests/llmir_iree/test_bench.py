@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -14,10 +15,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+import llmir_iree.peaks
 from llmir_iree import bench
-from llmir_iree.bench import BenchOptions, Case, compare_logits, cosine_similarity, parse_test, plan_cases, time_tokens
-from llmir_iree.bench_engines import Engine
-from llmir_iree.bench_report import RENDERERS, Header, Report, compare_rates
+from llmir_iree.bench import BenchOptions, Peaks, plan_cases, time_tokens
+from llmir_iree.bench_cases import Case, TimedTest, Work, parse_test
+from llmir_iree.bench_engines import BundleEngine, Engine
+from llmir_iree.bench_perplexity import Perplexity
+from llmir_iree.bench_report import RENDERERS, Header, Report, Throughput, append, compare_rates
+from llmir_iree.bench_validation import compare_logits, cosine_similarity
+from llmir_iree.build import BuildOptions, build_bundle
 from llmir_iree.bundle import Bundle
 from llmir_iree.cli.bench import main
 from llmir_iree.params.errors import BundleError, RequestError
@@ -37,8 +43,8 @@ class FakeEngine(Engine):
         self.forgets = forgets
         self.seen = np.zeros((0, 0), np.int32)
 
-    def start(self, batch: int, length: int) -> None:
-        self.log.append(f"{self.name} start {batch}x{length}")
+    def start(self, batch: int, length: int, context: int = 0) -> None:
+        self.log.append(f"{self.name} start {batch}x{length}" + (f" behind {context}" if context else ""))
         self.seen = np.zeros((batch, 0), np.int32)
 
     def step(self, tokens: Any) -> None:
@@ -52,14 +58,29 @@ class FakeEngine(Engine):
 # Names and options
 
 
-@pytest.mark.parametrize(("name", "expected"), [("pp128", ("pp", 128)), ("tg1", ("tg", 1))])
-def test_parse_test(name: str, expected: tuple[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pp128", TimedTest("pp", 128)),
+        ("tg1", TimedTest("tg", 1)),
+        ("pp512x8", TimedTest("pp", 512, batch=8)),
+        ("tg32@2048", TimedTest("tg", 32, 2048)),
+        ("tg32@2048x4", TimedTest("tg", 32, 2048, 4)),
+    ],
+)
+def test_parse_test(name: str, expected: TimedTest) -> None:
     assert parse_test(name) == expected
 
 
-@pytest.mark.parametrize("name", ["", "pp", "pp0", "pp-1", "pp1.5", "tg 4", "tg064", "PP128", "pp128x", "128", "pg8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "pp", "pp0", "pp-1", "pp1.5", "tg 4", "tg064", "PP128", "pp128x", "128", "pg8"),
+        *("pp8@4", "tg8@", "tg8@0", "tg8x0", "tg8x2@4"),
+    ],
+)
 def test_parse_test_refuses(name: str) -> None:
-    with pytest.raises(RequestError, match=r"a test is pp<n> .* or tg<n>"):
+    with pytest.raises(RequestError, match=r"a test is pp<n> .* or tg<n>@<c>"):
         parse_test(name)
 
 
@@ -70,6 +91,7 @@ def test_parse_test_refuses(name: str) -> None:
         ({"tests": ("pp4", "xx")}, "unknown test 'xx'"),
         ({"repetitions": 0}, "repetitions is 0"),
         ({"batches": (1, 0)}, "batch is 0"),
+        ({"perplexity": 100}, "perplexity of 100 tokens; a chunk takes 512"),
         ({"peers": ("ollama",)}, r"unknown peer 'ollama'; valid are llama\.cpp, transformers"),
         ({"peers": ("llama.cpp",)}, r"llama\.cpp needs a checkpoint .*--gguf"),
         ({"gguf": Path("nowhere.gguf")}, r"nowhere\.gguf: no such file"),
@@ -90,12 +112,19 @@ def test_plan_cases_takes_the_batch_sizes_that_both_phases_have(tiny: Any) -> No
     assert plan_cases(options, Bundle.open(tiny.folder)) == [Case("pp", 4, 1), Case("tg", 2, 1)]
 
 
+def test_a_test_may_have_a_batch_of_its_own(tiny: Any) -> None:
+    options = BenchOptions(tiny.folder, tests=("pp4x1", "tg2@8"), batches=(1,))
+    assert plan_cases(options, Bundle.open(tiny.folder)) == [Case("pp", 4, 1), Case("tg", 2, 1, 8)]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"tests": ("pp4",), "batches": (4,)}, BundleError, "no prefill for batch size 4; it was exported for 1"),
         ({"tests": ("pp65",)}, RequestError, "pp65: .* 64 tokens at most"),
         ({"tests": ("tg64",)}, RequestError, "tg64: .* 64 tokens at most"),
+        ({"tests": ("tg8@56",)}, RequestError, "tg8@56: .* 64 tokens at most"),
+        ({"tests": ("tg8x4",)}, BundleError, "no prefill for batch size 4"),
     ],
 )
 def test_plan_cases_refuses(tiny: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -106,20 +135,113 @@ def test_plan_cases_refuses(tiny: Any, options: dict[str, Any], error: type[Exce
 # Arithmetic
 
 
+WORK = Work(weight_bytes=1000, cache_token_bytes=10, token_macs=500, head_macs=70, is_integer=True)
+NO_THROUGHPUT = Throughput(None, None, None, None)
+
+
+def peaks_of(bandwidth: float | None, macs: float | None) -> Peaks:
+    peaks = Peaks(Path("weights"), "local-task")
+    peaks.bandwidth, peaks.macs = bandwidth, macs
+    return peaks
+
+
 def test_a_decode_reads_the_weights_once_a_step_and_each_cache_as_long_as_it_is() -> None:
     # Steps at 2, 3 and 4 tokens, the new one included.
-    assert Case("tg", 3, 4).read_bytes(weight_bytes=1000, cache_token_bytes=10) == 3 * 1000 + 4 * (2 + 3 + 4) * 10
+    assert WORK.read_bytes(Case("tg", 3, 4)) == 3 * 1000 + 4 * (2 + 3 + 4) * 10
+    assert WORK.read_bytes(Case("tg", 3, 4, 100)) == 3 * 1000 + 4 * (102 + 103 + 104) * 10
+
+
+def test_a_prompt_meets_the_output_head_once_and_a_decode_in_every_step() -> None:
+    assert WORK.macs(Case("pp", 3, 4)) == 4 * (3 * 500 + 70)
+    assert WORK.macs(Case("tg", 3, 4)) == 4 * 3 * (500 + 70)
+
+
+@pytest.mark.parametrize(("quant", "is_integer"), [("keep", False), ("q8_0", True)])
+def test_the_work_of_a_model_is_that_of_its_matmuls(
+    tiny_checkpoint: Any, tmp_path: Path, quant: str, is_integer: bool
+) -> None:
+    source = tiny_checkpoint("llama", num_hidden_layers=3)
+    bundle = build_bundle(BuildOptions(str(source), tmp_path / "bundle", quant=quant, batch_sizes=(2, 3)))
+    work = Work.of(bundle)
+    # Query and output are as wide as the hidden state; key and value half as wide; three matrices of the inner size.
+    assert work.token_macs == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert work.head_macs == 96 * 64
+    assert work.is_integer == is_integer
+    assert work.cache_token_bytes == 3 * 2 * 2 * 16 * 2
+    # All matrices but the table of embeddings, and the norms.
+    matrix_bytes = 34 / 32 if is_integer else 4
+    assert work.weight_bytes == (work.token_macs + work.head_macs) * matrix_bytes + (2 * 3 + 1) * 64 * 4
+
+
+def test_shares_are_of_the_peaks() -> None:
+    case = Case("tg", 3, 4)  # 12 tokens, 3360 bytes and 6840 products in 2 s and in 4 s: 3 s in the mean.
+    throughput = bench._throughput(case, [6.0, 3.0], WORK, peaks_of(2000, 22800))
+    assert throughput == Throughput(1120 / 1e9, 0.56, 2280 / 1e9, 0.1)
+
+
+def test_a_prompt_has_no_bandwidth_and_plain_weights_no_share_of_the_peak_of_bytes() -> None:
+    case = Case("pp", 4, 1)
+    assert bench._throughput(case, [4.0], WORK, peaks_of(1.0, 20700.0)) == Throughput(None, None, 2070 / 1e9, 0.1)
+    plain = dataclasses.replace(WORK, is_integer=False)
+    assert bench._throughput(case, [4.0], plain, peaks_of(1.0, 20700.0)) == Throughput(None, None, 2070 / 1e9, None)
+
+
+def test_without_peaks_there_are_no_shares() -> None:
+    throughput = bench._throughput(Case("tg", 3, 4), [12.0], WORK, peaks_of(None, None))
+    assert throughput == Throughput(3360 / 1e9, None, 6840 / 1e9, None)
+
+
+def test_a_model_without_matmuls_has_no_products() -> None:
+    none = dataclasses.replace(WORK, token_macs=0, head_macs=0)
+    assert bench._throughput(Case("pp", 4, 1), [4.0], none, peaks_of(1, 1)) == NO_THROUGHPUT
+
+
+class FakeMeter:
+    """Finds a disturbed machine, each time another peak."""
+
+    def __init__(self) -> None:
+        self.found = iter([(3.0, 10.0), (5.0, 8.0)])
+
+    def bandwidth(self, file: Path) -> float:
+        assert file == Path("weights")
+        self.latest = next(self.found)
+        return self.latest[0]
+
+    def macs(self) -> float:
+        return self.latest[1]
+
+
+def test_peaks_keep_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = FakeMeter()
+    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", lambda: meter)
+    peaks = Peaks(Path("weights"), "local-task")
+    peaks.measure()
+    assert (peaks.bandwidth, peaks.macs) == (3.0, 10.0)
+    peaks.measure()
+    assert (peaks.bandwidth, peaks.macs) == (5.0, 10.0)
+
+
+@pytest.mark.parametrize(("device", "meter"), [("local-task", None), ("cuda://0", FakeMeter())])
+def test_peaks_are_left_out_where_nothing_measures_them(
+    monkeypatch: pytest.MonkeyPatch, device: str, meter: FakeMeter | None
+) -> None:
+    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", lambda: meter)
+    peaks = Peaks(Path("weights"), device)
+    peaks.measure()
+    assert (peaks.bandwidth, peaks.macs) == (None, None)
 
 
 def test_rates_are_compared_repetition_by_repetition() -> None:
-    (row,) = compare_rates("tg4", 2, [10.0, 20.0, 30.0], 0.5, {"llama.cpp": [20.0, 20.0, 20.0]})
-    assert (row.mean, row.stdev, row.bandwidth_share) == (20.0, 10.0, 0.5)
+    throughput = Throughput(1.5, 0.5, 2.5, 0.25)
+    (row,) = compare_rates("m", Case("tg", 4, 2), [10.0, 20.0, 30.0], throughput, {"llama.cpp": [20.0, 20.0, 20.0]})
+    assert (row.model, row.test, row.batch, row.mean, row.stdev) == ("m", "tg4", 2, 20.0, 10.0)
+    assert (row.gb_s, row.bandwidth_share, row.gmac_s, row.peak_share) == (1.5, 0.5, 2.5, 0.25)
     assert (row.peer, row.peer_mean, row.peer_stdev) == ("llama.cpp", 20.0, 0.0)
     assert (row.ratio, row.ratio_spread) == (1.0, (0.5, 1.5))
 
 
 def test_noise_that_hits_both_engines_alike_leaves_the_ratio_alone() -> None:
-    (row,) = compare_rates("tg4", 1, [10.0, 40.0], None, {"llama.cpp": [20.0, 80.0]})
+    (row,) = compare_rates("m", Case("tg", 4, 1), [10.0, 40.0], NO_THROUGHPUT, {"llama.cpp": [20.0, 80.0]})
     assert row.stdev is not None
     assert row.stdev > 20
     assert (row.ratio, row.ratio_spread) == (0.5, (0.5, 0.5))
@@ -127,8 +249,9 @@ def test_noise_that_hits_both_engines_alike_leaves_the_ratio_alone() -> None:
 
 def test_every_peer_has_a_row_and_no_peer_has_one_too() -> None:
     peers = {"llama.cpp": [1.0], "transformers": [2.0]}
-    assert [row.peer for row in compare_rates("pp4", 1, [1.0], None, peers)] == ["llama.cpp", "transformers"]
-    (alone,) = compare_rates("pp4", 1, [1.0], None, {})
+    case = Case("pp", 4, 1)
+    assert [row.peer for row in compare_rates("m", case, [1.0], NO_THROUGHPUT, peers)] == ["llama.cpp", "transformers"]
+    (alone,) = compare_rates("m", case, [1.0], NO_THROUGHPUT, {})
     assert (alone.mean, alone.stdev, alone.peer, alone.ratio, alone.ratio_spread) == (1.0, None, None, None, None)
 
 
@@ -168,6 +291,26 @@ def test_what_others_take_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.OtherLoad().share() == 0.25
 
 
+def test_a_decode_behind_a_context_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine("a")
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: engine.log.append("clock") or 0.0)
+    time_tokens(engine, Case("tg", 1, 2, 7), np.zeros((2, 2), np.int32), 9)
+    assert engine.log == ["a start 2x9 behind 7", "a step 2x1", "clock", "a step 2x1", "clock"]
+
+
+def test_a_bundle_goes_on_from_a_random_cache(tiny: Any) -> None:
+    engine = BundleEngine(Bundle.open(tiny.folder), None, None, [(1, 12)])
+    engine.start(1, 12, 10)
+    cache = engine.session.read_cache()
+    assert cache.std() > 0.5
+    engine.step(np.array([[5]], np.int32))
+    written = engine.session.read_cache()
+    # Token and position in the one slot behind the context, on the third page of four tokens.
+    assert written[3, 0, :, 0, 2].tolist() == [[5, 10], [5, 10]]
+    written[3, 0, :, 0, 2] = cache[3, 0, :, 0, 2]
+    assert (written == cache).all()
+
+
 # Validation
 
 
@@ -191,49 +334,97 @@ def test_engines_of_other_vocabularies_are_not_compared() -> None:
 # Renderings
 
 
-def report() -> Report:
+def report(model: str = "tiny") -> Report:
     header = Header(
+        model=model,
+        weights="1 MiB (3 q4_0), f16 cache",
         cpu="Some, CPU",
         cores=2,
         threads=2,
         bandwidth_gb_s=40.04,
-        model="tiny",
+        peak_gmac_s=650.4,
         target="cpu on local-task",
         validation="nothing",
+        perplexity=Perplexity(1024, {"llmir-iree": 10.0, "llama.cpp": 10.02}),
         repetitions=3,
         other_load=0.25,
         versions={"llmir-iree": "1", "llama-cpp-python": "2"},
     )
-    rows = compare_rates("pp8", 1, [100.0, 110.0], None, {})
-    rows += compare_rates("tg4", 4, [10.0, 20.0], 0.125, {"llama.cpp": [20.0, 20.0]})
+    rows = compare_rates(model, Case("pp", 8, 1), [100.0, 110.0], Throughput(None, None, 10.04, None), {})
+    throughput = Throughput(5.04, 0.125, 2.04, 0.5)
+    rows += compare_rates(model, Case("tg", 4, 4, 9), [10.0, 20.0], throughput, {"llama.cpp": [20.0, 20.0]})
     return Report(header, tuple(rows))
+
+
+FIELDS = (
+    *("model", "test", "batch", "mean", "stdev", "gb_s", "bandwidth_share", "gmac_s", "peak_share"),
+    *("peer", "peer_mean", "peer_stdev", "ratio"),
+)
 
 
 def test_markdown() -> None:
     text = RENDERERS["markdown"](report())
-    assert "- machine: Some, CPU, 2 cores (2 threads), 40.0 GB/s\n" in text
+    assert text.startswith("## tiny\n\n- machine: Some, CPU, 2 cores (2 threads), 40.0 GB/s, 650 GMAC/s of bytes\n")
     assert "- versions: llmir-iree 1, llama-cpp-python 2\n" in text
+    assert "- perplexity: llmir-iree 10.000, llama.cpp 10.020 (0.20% apart), of 1024 tokens of " in text
     assert "- other processes: 25% of the cores while the tests ran\n" in text
     assert text.endswith(
-        "\n\n| test | batch | tok/s | of bandwidth | peer | peer tok/s | ours / peer |\n"
-        "|---|---:|---:|---:|---|---:|---:|\n"
-        "| pp8 | 1 | 105.0 ± 7.1 |  |  |  |  |\n"
-        "| tg4 | 4 | 15.0 ± 7.1 | 12% | llama.cpp | 20.0 ± 0.0 | 0.75 (0.50 to 1.00) |\n"
+        "\n\n| test | batch | tok/s | GB/s | of bandwidth | GMAC/s | of peak | peer | peer tok/s | ours / peer |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|\n"
+        "| pp8 | 1 | 105.0 ± 7.1 |  |  | 10.0 |  |  |  |  |\n"
+        "| tg4@9 | 4 | 15.0 ± 7.1 | 5.0 | 12% | 2.0 | 50% | llama.cpp | 20.0 ± 0.0 | 0.75 (0.50 to 1.00) |\n"
     )
+
+
+def test_markdown_is_silent_about_what_was_not_measured() -> None:
+    header = dataclasses.replace(report().header, bandwidth_gb_s=None, peak_gmac_s=None, perplexity=None)
+    text = RENDERERS["markdown"](Report(header, ()))
+    assert "- machine: Some, CPU, 2 cores (2 threads)\n" in text
+    assert "perplexity" not in text
+
+
+def test_one_engine_is_not_apart_from_itself() -> None:
+    header = dataclasses.replace(report().header, perplexity=Perplexity(512, {"llmir-iree": 10.0}))
+    assert "- perplexity: llmir-iree 10.000, of 512 tokens" in RENDERERS["markdown"](Report(header, ()))
 
 
 def test_json_holds_all_and_rounds_nothing() -> None:
     data = json.loads(RENDERERS["json"](report()))
-    assert data == json.loads(json.dumps(asdict(report())))
+    expected = json.loads(json.dumps(asdict(report())))
+    assert data == {"headers": {"tiny": expected["header"]}, "rows": expected["rows"]}
+    assert [tuple(row) for row in data["rows"]] == [(*FIELDS, "ratio_spread")] * 2
     assert data["rows"][0]["peer"] is None
     assert data["rows"][1]["ratio_spread"] == [0.5, 1.0]
 
 
 def test_csv_repeats_the_header_in_every_line() -> None:
     first, second = csv.DictReader(io.StringIO(RENDERERS["csv"](report())))
+    assert tuple(first)[: len(FIELDS) + 2] == (*FIELDS, "ratio_min", "ratio_max")
     assert (first["test"], first["peer"], first["ratio_min"], first["cpu"]) == ("pp8", "", "", "Some, CPU")
     assert (second["ratio_min"], second["ratio_max"], second["bandwidth_share"]) == ("0.5", "1.0", "0.125")
     assert second["versions"] == "llmir-iree 1, llama-cpp-python 2"
+    assert second["perplexity"].startswith("llmir-iree 10.000")
+
+
+@pytest.mark.parametrize("format_name", RENDERERS)
+def test_reports_are_appended(format_name: str) -> None:
+    first, second = (RENDERERS[format_name](report(model)) for model in ("a", "b"))
+    assert append("", first, format_name) == first
+    both = append(first, second, format_name)
+    if format_name == "json":
+        data = json.loads(both)
+        assert (list(data["headers"]), [row["model"] for row in data["rows"]]) == (["a", "b"], ["a", "a", "b", "b"])
+    elif format_name == "csv":
+        assert [row["model"] for row in csv.DictReader(io.StringIO(both))] == ["a", "a", "b", "b"]
+    else:
+        assert both == f"{first}\n{second}"
+
+
+@pytest.mark.parametrize("format_name", ["json", "csv"])
+@pytest.mark.parametrize("earlier", ["text", "[1]", "{}"])
+def test_a_report_is_not_appended_to_something_else(format_name: str, earlier: str) -> None:
+    with pytest.raises(RequestError, match="cannot append to a file that does not hold"):
+        append(earlier, RENDERERS[format_name](report()), format_name)
 
 
 # The command line
@@ -244,13 +435,13 @@ def run(*arguments: object) -> Result:
 
 
 def test_results_on_stdout_and_progress_on_stderr(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "measure_bandwidth", lambda _: 1e9)
-    result = run(tiny.folder, "--tests", "pp4,tg2", "--repetitions", 1, "--format", "json")
+    monkeypatch.setattr(Peaks, "measure", lambda peaks: peaks.__dict__.update(bandwidth=1e9, macs=1e9))
+    result = run(tiny.folder, "--tests", "pp4,tg2,tg3@9", "--repetitions", 1, "--format", "json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert [(row["test"], row["batch"]) for row in data["rows"]] == [("pp4", 1), ("tg2", 1)]
-    assert [row["bandwidth_share"] is None for row in data["rows"]] == [True, False]
-    assert "against its own prefill alone" in data["header"]["validation"]
+    assert [(row["test"], row["batch"]) for row in data["rows"]] == [("pp4", 1), ("tg2", 1), ("tg3@9", 1)]
+    assert [row["bandwidth_share"] is None for row in data["rows"]] == [True, False, False]
+    assert "against its own prefill alone" in data["headers"]["tiny"]["validation"]
     assert "tg2 batch 1, 1 of 1: llmir-iree" in result.stderr
 
 
@@ -261,6 +452,15 @@ def test_results_in_a_file(tiny: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "out.csv").read_text() == RENDERERS["csv"](report())
 
 
+def test_results_are_added_to_a_file(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "run_bench", lambda _options, _note: report())
+    file = tmp_path / "out.csv"
+    for _ in range(2):
+        assert run(tiny.folder, "--quiet", "--format", "csv", "--output", file, "--append").exit_code == 0
+    text = RENDERERS["csv"](report())
+    assert file.read_text() == append(text, text, "csv")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -268,6 +468,7 @@ def test_results_in_a_file(tiny: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         (["--batch", "1,x"], "--batch 1,x: expected numbers"),
         (["--vs", "ollama"], "unknown peer 'ollama'"),
         (["--output", "/nowhere/at/all.md"], "no such folder"),
+        (["--append"], "--append needs a file"),
     ],
 )
 def test_a_mistake_is_one_line(tiny: Any, arguments: list[str], message: str) -> None:

@@ -26,9 +26,9 @@ def run(*arguments: object, **options: Any) -> Result:
 
 @pytest.fixture
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> float:
-    from llmir_iree import machine
+    from llmir_iree import peaks
 
-    monkeypatch.setattr(machine, "measure_bandwidth", lambda file: 20e9)
+    monkeypatch.setattr(peaks, "measure_bandwidth", lambda file: 20e9)
     return 20e9
 
 
@@ -47,6 +47,17 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(tiny: Any, bandwidth: floa
         rf"{number} GB/s read, \d+% of 20.0 \| peak memory \d+ MiB",
         line,
     )
+
+
+def test_where_the_bandwidth_is_not_known_the_share_is_left_out(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmir_iree import peaks
+
+    monkeypatch.setattr(peaks, "measure_bandwidth", lambda file: None)
+    arguments = (tiny.folder, "--prompt", "abc", "--max-tokens", 4, "--ignore-eos")
+    assert re.search(r"GB/s read \| peak memory", run(*arguments).stderr)
+    data = json.loads(run(*arguments, "--json").stdout)
+    assert (data["machine_bandwidth_gb_s"], data["bandwidth_share"]) == (None, None)
+    assert data["bandwidth_gb_s"] > 0
 
 
 def test_one_token_has_no_decode_speed(tiny: Any, bandwidth: float) -> None:

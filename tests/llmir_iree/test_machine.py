@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import mmap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +10,6 @@ import pytest
 from llmir_iree import machine
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status, as Linux has")
-
-
-def test_bandwidth_is_measured_quickly_and_plausibly() -> None:
-    machine.measure_bandwidth()
-    start = time.perf_counter()
-    bandwidth = machine.measure_bandwidth()
-    assert time.perf_counter() - start < 2, "meant to take half a second"
-    assert 0.5e9 < bandwidth < 10e12
-
-
-def test_bandwidth_is_read_from_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(np, "ones", lambda *a: pytest.fail("took a buffer of its own"))
-    file = tmp_path / "weights"
-    with file.open("wb") as stream:
-        stream.truncate(machine._BUFFER_BYTES + 5)  # Not a whole number of words.
-    assert machine.measure_bandwidth(file) > 0.5e9
-
-
-def test_a_small_file_would_measure_the_caches(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(4096))
-    assert machine._words(file).nbytes == machine._BUFFER_BYTES
 
 
 def test_available_memory_is_what_the_system_has() -> None:
