@@ -71,7 +71,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         _portable("portable", portable.quantized_matmul),
     ),
     # Passes make these of ops that kernels serve, and of no others.
-    **{op: (_kernel(getattr(kernels, op), lambda _call, _target: True),) for op in FUSED_OPS if hasattr(kernels, op)},
+    **{op: (_kernel(getattr(kernels, op), lambda _call, _target: True),) for op in FUSED_OPS},
 }
 
 

@@ -19,8 +19,8 @@ from llmir_iree.plugins.kernels.executables import (
 from llmir_iree.plugins.kernels.objects import find_object
 from llmir_iree.plugins.lowering import Target
 
-# Of a record of quantised activations, see activations.h.
-_RECORD_BYTES = 48
+# Of a group of quantised activations, two records: see activations.h.
+_GROUP_BYTES = 96
 
 # Of one workgroup. Few enough tiles that their weights fit the second cache, few enough for all cores to have some.
 _MAX_TILES = 16
@@ -51,20 +51,20 @@ QUANTIZE = Kernel(
     "llmir_quantize_activations",
     "quantize_activations",
     (Buffer("f32"), _ACTIVATIONS),
-    ("rows", "columns", "terms", *_ROWS),
+    ("rows", "columns", *_ROWS),
 )
 NORM_QUANTIZE = Kernel(
     "llmir_norm_quantize",
     "quantize_activations",
     (Buffer("f32"), Buffer("f32"), _ACTIVATIONS),
-    ("rows", "columns", "terms", "epsilon", *_ROWS),
+    ("rows", "columns", "epsilon", *_ROWS),
     floats=frozenset({"epsilon"}),
 )
 ADD_NORM_QUANTIZE = Kernel(
     "llmir_add_norm_quantize",
     "quantize_activations",
     (Buffer("f32"), Buffer("f32"), Buffer("f32"), Buffer("f32", writes=True), _ACTIVATIONS),
-    ("rows", "columns", "terms", "epsilon", *_ROWS),
+    ("rows", "columns", "epsilon", *_ROWS),
     floats=frozenset({"epsilon"}),
 )
 
@@ -73,6 +73,13 @@ MERGE = Kernel(
     "merge_attention",
     (Buffer("f32"), Buffer("f32", writes=True)),
     ("heads", "head_dim", "splits", "workgroup_x", "workgroup_y", "columns_per_workgroup"),
+)
+
+MERGE_QUANTIZE = Kernel(
+    "llmir_merge_attention_quantize",
+    "merge_attention",
+    (Buffer("f32"), _ACTIVATIONS),
+    ("rows", *MERGE.sizes),
 )
 
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "uint8": "i8", "int8": "i8"}
@@ -86,7 +93,7 @@ def multiply_kernel(weight_format: str) -> Kernel:
         f"llmir_quantized_matmul_{weight_format}",
         "quantized_matmul" if is_quantized else "plain_matmul",
         (*planes, Buffer("i8" if is_quantized else "f32"), Buffer("f32", writes=True)),
-        ("rows", "columns", "depth", *(["terms"] if is_quantized else []), "workgroup_x", "tiles_per_workgroup"),
+        ("rows", "columns", "depth", "workgroup_x", "tiles_per_workgroup"),
     )
 
 
@@ -97,15 +104,15 @@ def gated_kernel(weight_format: str) -> Kernel:
         f"llmir_gated_matmul_{weight_format}",
         "gated_matmul",
         (*planes, Buffer("i8"), _ACTIVATIONS),
-        ("rows", "columns", "depth", "terms", "workgroup_x", "groups_per_workgroup"),
+        ("rows", "columns", "depth", "workgroup_x", "groups_per_workgroup"),
     )
 
 
-def quantized_type(x: TensorType, terms: int) -> TensorType:
+def quantized_type(x: TensorType) -> TensorType:
     """The type of x [.., K] once it is quantised: the last dimension counts the bytes of all records of a row."""
     *outer, depth = x.shape
     assert depth is not None
-    return TensorType((*outer, depth // GROUP * terms * _RECORD_BYTES), "i8")
+    return TensorType((*outer, depth // GROUP * _GROUP_BYTES), "i8")
 
 
 def append_kernel(element: str) -> Kernel:
@@ -196,11 +203,10 @@ def quantized_matmul(call: LlmirCall, target: Target) -> dict[str, str]:
     """
     weight_format = str(call.constant("format"))
     if not FORMATS[weight_format].is_quantized:
-        return _multiply(call, target, call.operands[0].shape[-1], {})
+        return _multiply(call, target, call.operands[0].shape[-1])
     x, *planes = call.operands
-    terms = ("terms", 1)
-    quantize = LlmirCall("quantize_activations", (x,), (quantized_type(x, 1),), (terms,))
-    constants = (("format", weight_format), ("out_features", call.constant("out_features")), terms)
+    quantize = LlmirCall("quantize_activations", (x,), (quantized_type(x),), ())
+    constants = (("format", weight_format), ("out_features", call.constant("out_features")))
     product = LlmirCall("multiply", (*quantize.results, *planes), call.results, constants)
     names = [plane.name for plane in FORMATS[weight_format].planes]
     definition = _fill(
@@ -222,7 +228,7 @@ def quantized_matmul(call: LlmirCall, target: Target) -> dict[str, str]:
 
 
 def quantize_activations(call: LlmirCall, target: Target) -> dict[str, str]:
-    """Definition of `quantize_activations(x; terms) -> codes`, and the executable that it dispatches.
+    """Definition of `quantize_activations(x) -> codes`, and the executable that it dispatches.
 
     Raises:
         CompileError: the kernels are not compiled, and cannot be. The same goes for the parts that follow.
@@ -231,31 +237,29 @@ def quantize_activations(call: LlmirCall, target: Target) -> dict[str, str]:
 
 
 def norm_quantize(call: LlmirCall, target: Target) -> dict[str, str]:
-    """Definition of `norm_quantize(x, weight; epsilon, terms) -> codes`: x is divided by its root mean square."""
+    """Definition of `norm_quantize(x, weight; epsilon) -> codes`: x is divided by its root mean square."""
     return _by_rows(NORM_QUANTIZE, call, target, {"epsilon": float(call.constant("epsilon"))})
 
 
 def add_norm_quantize(call: LlmirCall, target: Target) -> dict[str, str]:
-    """Definition of `add_norm_quantize(x, residual, weight; epsilon, terms) -> (sum, codes)`."""
+    """Definition of `add_norm_quantize(x, residual, weight; epsilon) -> (sum, codes)`."""
     return _by_rows(ADD_NORM_QUANTIZE, call, target, {"epsilon": float(call.constant("epsilon"))})
 
 
 def multiply(call: LlmirCall, target: Target) -> dict[str, str]:
-    """Definition of `multiply(codes, planes; format, out_features, terms) -> y`."""
-    terms = int(call.constant("terms"))
-    return _multiply(call, target, _quantized_depth(call.operands[0], terms), {"terms": terms})
+    """Definition of `multiply(codes, planes; format, out_features) -> y`."""
+    return _multiply(call, target, _quantized_depth(call.operands[0]))
 
 
 def gated_multiply(call: LlmirCall, target: Target) -> dict[str, str]:
-    """Definition of `gated_multiply(codes, planes; format, out_features, terms) -> codes`.
+    """Definition of `gated_multiply(codes, planes; format, out_features) -> codes`.
 
-    The planes are those of 2 * `out_features` rows, the gates and then what they gate; the result has one term.
+    The planes are those of 2 * `out_features` rows, the gates and then what they gate.
     """
-    columns, terms = int(call.constant("out_features")), int(call.constant("terms"))
-    depth = _quantized_depth(call.operands[0], terms)
+    columns, depth = int(call.constant("out_features")), _quantized_depth(call.operands[0])
     groups = columns // GROUP
     share = min(_MAX_TILES // _TILES_OF_GATED_GROUP, max(1, groups // _MIN_WORKGROUPS))
-    sizes = {"columns": columns, "depth": depth, "terms": terms, "groups_per_workgroup": share}
+    sizes = {"columns": columns, "depth": depth, "groups_per_workgroup": share}
     return _dispatch(gated_kernel(str(call.constant("format"))), call, target, sizes, -(-groups // share))
 
 
@@ -264,25 +268,24 @@ def _by_rows(kernel: Kernel, call: LlmirCall, target: Target, sizes: dict[str, f
     columns = call.operands[0].shape[-1]
     assert columns is not None
     share = {"rows_per_workgroup": _QUANTIZED_ROWS}
-    terms = int(call.constant("terms"))
-    return _dispatch(kernel, call, target, {"columns": columns, "terms": terms, **sizes, **share}, None)
+    return _dispatch(kernel, call, target, {"columns": columns, **sizes, **share}, None)
 
 
-def _multiply(call: LlmirCall, target: Target, depth: int | None, sizes: dict[str, float]) -> dict[str, str]:
+def _multiply(call: LlmirCall, target: Target, depth: int | None) -> dict[str, str]:
     """A definition whose workgroups take some tiles of the weights each."""
     assert depth is not None
     columns = int(call.constant("out_features"))
     tiles = -(-columns // TILE_ROWS)
     # Even, because kernels take tiles in pairs.
     share = min(_MAX_TILES, max(2, tiles // _MIN_WORKGROUPS // 2 * 2))
-    sizes = {"columns": columns, "depth": depth, **sizes, "tiles_per_workgroup": share}
+    sizes = {"columns": columns, "depth": depth, "tiles_per_workgroup": share}
     return _dispatch(multiply_kernel(str(call.constant("format"))), call, target, sizes, -(-tiles // share))
 
 
-def _quantized_depth(codes: TensorType, terms: int) -> int:
+def _quantized_depth(codes: TensorType) -> int:
     row_bytes = codes.shape[-1]
     assert row_bytes is not None
-    return row_bytes // (terms * _RECORD_BYTES) * GROUP
+    return row_bytes // _GROUP_BYTES * GROUP
 
 
 def _dispatch(
@@ -435,11 +438,15 @@ def rope_attend(call: LlmirCall, target: Target) -> dict[str, str]:
 
 
 def rope_append_attend(call: LlmirCall, target: Target) -> dict[str, str]:
-    """Definition of `rope_append_attend`, and the executables that it dispatches; raises as `quantized_matmul` does."""
+    """Definition of `rope_append_attend`, and the executables that it dispatches; raises as `quantized_matmul` does.
+
+    Its first result is float32, or quantised activations.
+    """
     cache, query, key, value, table, positions, cosines, _sines = call.operands
     batch, heads, head_dim = query.shape[0], int(call.constant("heads")), cache.shape[5]
     assert head_dim is not None
     kernel = rope_append_attend_kernel(cache.element)
+    merge = MERGE if call.results[0].element == "f32" else MERGE_QUANTIZE
     definition = _fill(
         "rope_append_attend",
         name=call.symbol,
@@ -452,14 +459,16 @@ def rope_append_attend(call: LlmirCall, target: Target) -> dict[str, str]:
         column_workgroups=-(-heads * head_dim // _MERGED_COLUMNS),
         columns_per_workgroup=_MERGED_COLUMNS,
         attend=kernel.entry,
-        merge=MERGE.entry,
+        merge=merge.entry,
+        merge_sizes=", ".join(f"%{size}" for size in merge.constants),
+        merge_types=", ".join(["i32"] * len(merge.constants)),
         **_place("query", query, call.constant("q_first")),
         **_place("key", key, call.constant("k_first")),
         **_place("value", value, call.constant("v_first")),
         **_attention_values(call, cache, heads),
         **_cache_values(cache, table, positions),
     )
-    return {**_executables(target, kernel, MERGE), call.symbol: definition}
+    return {**_executables(target, kernel, merge), call.symbol: definition}
 
 
 def _place(name: str, operand: TensorType, first: int | float | str) -> dict[str, object]:

@@ -6,21 +6,20 @@
 INLINE f32x16 silu(f32x16 x) { return x / (1.0f + exp_f32(-x)); }
 
 // All rows for the workgroup's groups of 32 columns: two tiles of gates and the two that go with them.
-INLINE void multiply(const format f, const int terms, const matmul* m, activation_group* out, size_t first,
-                     size_t end) {
+INLINE void multiply(const format f, const matmul* m, activation_group* out, size_t first, size_t end) {
   size_t groups = m->columns / GROUP;
   for (size_t row = 0; row < m->rows; row += BLOCK_ROWS) {
     size_t rows = min_size(BLOCK_ROWS, m->rows - row);
     for (size_t group = first; group < end; ++group) {
       tile_sums gates, ups;
       size_t gate = 2 * group, up = 2 * (groups + group), last = 4 * groups - 1;
-      multiply_block(f, terms, m, gate, last, up, row, gates);
-      multiply_block(f, terms, m, up, last, gate + 2, row, ups);
+      multiply_block(f, m, gate, last, up, row, gates);
+      multiply_block(f, m, up, last, gate + 2, row, ups);
       size_t stride;
-      activation_group* records = out + activation_index(m->rows, groups, 1, row, &stride) + group * stride;
+      activation_group* records = out + activation_index(m->rows, groups, row, &stride) + group * stride;
       for (size_t r = 0; r < rows; ++r) {
         values32 gated = {silu(gates[r][0]) * ups[r][0], silu(gates[r][1]) * ups[r][1]};
-        quantize_group(gated, 1, records + r);
+        quantize_group(gated, rest_distance(m->rows, groups), records + r);
       }
     }
   }
@@ -30,24 +29,17 @@ INLINE void multiply(const format f, const int terms, const matmul* m, activatio
 //   the planes of a matrix of 2 * columns rows, first the gates and then what they are multiplied with, in the order of
 //            the format and in layout tile16
 //   x        quantised activations [rows, depth], see activations.h
-//   out      quantised activations [rows, columns], of one term
+//   out      quantised activations [rows, columns]
 //   columns  of the result, a multiple of 32
 //   depth    columns of x and of the matrix, a whole number of blocks
-//   terms    of x
-#define DEFINE_KERNEL(name, FORMAT)                                                                                   \
-  KERNEL void llmir_gated_matmul_##name(FORMAT##_ARGUMENTS, const uint8_t* restrict x, size_t x_offset,               \
-                                        uint8_t* restrict out, size_t out_offset, size_t rows, size_t columns,        \
-                                        size_t depth, size_t terms, size_t workgroup,                                 \
-                                        size_t groups_per_workgroup) {                                                \
-    const matmul call = {                                                                                             \
-        FORMAT##_PLANES, (const activation_group*)(x + x_offset), rows, columns, depth / GROUP};               \
-    activation_group* records = (activation_group*)(out + out_offset);                                                \
-    size_t first = workgroup * groups_per_workgroup;                                                                  \
-    size_t end = min_size(columns / GROUP, first + groups_per_workgroup);                                             \
-    if (terms == 1)                                                                                                   \
-      multiply(FORMAT, 1, &call, records, first, end);                                                                \
-    else                                                                                                              \
-      multiply(FORMAT, 2, &call, records, first, end);                                                                \
+#define DEFINE_KERNEL(name, FORMAT)                                                                                 \
+  KERNEL void llmir_gated_matmul_##name(FORMAT##_ARGUMENTS, const uint8_t* restrict x, size_t x_offset,             \
+                                        uint8_t* restrict out, size_t out_offset, size_t rows, size_t columns,      \
+                                        size_t depth, size_t workgroup, size_t groups_per_workgroup) {              \
+    const matmul call = {FORMAT##_PLANES, (const activation_group*)(x + x_offset), rows, columns, depth / GROUP};   \
+    size_t first = workgroup * groups_per_workgroup;                                                                \
+    size_t end = min_size(columns / GROUP, first + groups_per_workgroup);                                           \
+    multiply(FORMAT, &call, (activation_group*)(out + out_offset), first, end);                                     \
   }
 
 DEFINE_KERNEL(q4_0, Q4_0)

@@ -1,5 +1,5 @@
 // Joins what splits of a row made of its attention: sums, maxima and totals of each, brought to a common maximum.
-#include "lanes.h"
+#include "quantize.h"
 
 enum { MOST_COLUMNS = 512 };  // of a workgroup
 
@@ -26,6 +26,17 @@ INLINE void merge_head(const partial_attention* p, size_t row, size_t head, size
   for (size_t d = first; d < end; ++d) out[d - first] /= total[0];
 }
 
+// A run of columns of one row, and where it ends.
+INLINE size_t merge_columns(const partial_attention* p, size_t row, size_t first, size_t count, float* out) {
+  size_t end = min_size(p->heads * p->head_dim, first + count);
+  for (size_t column = first, next; column < end; column = next) {
+    size_t head = column / p->head_dim, head_first = head * p->head_dim;
+    next = min_size(end, head_first + p->head_dim);
+    merge_head(p, row, head, column - head_first, next - head_first, out + (column - first));
+  }
+  return end;
+}
+
 // One workgroup merges a run of columns of one row.
 //   partials               see llmir_rope_append_attend
 //   output                 float32 [rows, heads * head_dim]
@@ -34,14 +45,26 @@ KERNEL void llmir_merge_attention(const float* restrict partials, size_t partial
                                   size_t output_offset, size_t heads, size_t head_dim, size_t splits, size_t workgroup,
                                   size_t row, size_t columns_per_workgroup) {
   const partial_attention p = {partials + partials_offset, heads, splits, head_dim};
-  size_t columns = heads * head_dim, first = workgroup * columns_per_workgroup;
-  size_t end = min_size(columns, first + columns_per_workgroup);
   float merged[MOST_COLUMNS];
-  for (size_t column = first, next; column < end; column = next) {
-    size_t head = column / head_dim, head_first = head * head_dim;
-    next = min_size(end, head_first + head_dim);
-    merge_head(&p, row, head, column - head_first, next - head_first, merged + (column - first));
-  }
-  float* out = output + output_offset + row * columns + first;
+  size_t first = workgroup * columns_per_workgroup;
+  size_t end = merge_columns(&p, row, first, columns_per_workgroup, merged);
+  float* out = output + output_offset + row * heads * head_dim + first;
   for (size_t i = 0; i < end - first; ++i) out[i] = merged[i];
+}
+
+// The same, quantised.
+//   output                 quantised activations [rows, heads * head_dim], see activations.h
+//   columns_per_workgroup  at most 512, a multiple of 32
+KERNEL void llmir_merge_attention_quantize(const float* restrict partials, size_t partials_offset,
+                                           uint8_t* restrict output, size_t output_offset, size_t rows, size_t heads,
+                                           size_t head_dim, size_t splits, size_t workgroup, size_t row,
+                                           size_t columns_per_workgroup) {
+  const partial_attention p = {partials + partials_offset, heads, splits, head_dim};
+  float merged[MOST_COLUMNS];
+  size_t first = workgroup * columns_per_workgroup, groups = heads * head_dim / GROUP, stride;
+  size_t end = merge_columns(&p, row, first, columns_per_workgroup, merged);
+  activation_group* record = (activation_group*)(output + output_offset) + activation_index(rows, groups, row, &stride);
+  record += first / GROUP * stride;
+  for (size_t i = 0; i < end - first; i += GROUP, record += stride)
+    quantize_group(load_values(merged + i), rest_distance(rows, groups), record);
 }

@@ -2,8 +2,8 @@
 //
 // Weights stand 16 rows side by side, one to a lane, so that a sum stays in its lane. With x = s * a + o and weights
 // w = d * (c - z) + m, a group of 32 adds s * d * (dot(c, a) - z * sum(a)) + s * m * sum(a) + o * sum(w): bytes are
-// multiplied with bytes, and the rest is a few operations for each row and group. The terms of an activation count as
-// so many records.
+// multiplied with bytes, and the rest is a few operations for each row and group. Second records of a group add in the
+// same way, and are few.
 //
 // A few records meet each step of the weights as it is unpacked, and hide behind the weights' way from memory. For more,
 // a group of two tiles is unpacked into 16 registers, which then serve up to 32 rows; sums wait in the first cache.
@@ -29,25 +29,24 @@ typedef f32x16 tile_sums[BLOCK_ROWS][2];
 
 // The dot product of one half before its first step: what the zero point takes from every activation.
 INLINE i32x16 start_dot(const format f, const activation_group* x, int half) {
-  i32x16 sum = splat_i32(halves(f) == 2 ? x->low_code_sum : x->code_sum);
-  if (half == 1) sum = splat_i32(x->code_sum) - sum;
-  return zero_point(f) ? -(sum * zero_point(f)) : (i32x16){0};
+  if (!zero_point(f)) return splat_i32(0);
+  i32x16 start = splat_i32(halves(f) == 2 ? x->low_start : x->start);
+  if (half == 1) start = splat_i32(x->start) - start;
+  return start * (zero_point(f) / -CODE_SUM_FACTOR);
 }
 
-INLINE f32x16 add_product(const format f, const weight_group* w, const activation_group* x, const int term,
-                          const i32x16* dot, f32x16 sum) {
+INLINE f32x16 add_product(const format f, const weight_group* w, const activation_group* x, const i32x16* dot,
+                          f32x16 sum) {
   f32x16 product = w->scale[0] * f32_from_i32(dot[0]);
   if (halves(f) == 2) product += w->scale[1] * f32_from_i32(dot[1]);
-  if (has_minimum(f)) product += w->minimum * f32_from_i32(splat_i32(x->code_sum));
-  sum += product * x->scale;
-  return term == 0 ? sum + w->sum * x->offset : sum;
+  if (has_minimum(f)) product += w->minimum * f32_from_i32(splat_i32(x->start));
+  return sum + product * x->scale + w->sum * x->offset;
 }
 
 // One group of `records` records times `tiles` tiles, whose weights are unpacked just before they are multiplied unless
 // that is done.
-INLINE void multiply_group(const format f, const int tiles, const int records, const int terms, const matmul* m,
-                           const size_t* index, const int is_unpacked, weight_group* w, const activation_group* x,
-                           f32x16 (*sums)[2]) {
+INLINE void multiply_records(const format f, const int tiles, const int records, const matmul* m, const size_t* index,
+                             const int is_unpacked, weight_group* w, const activation_group* x, f32x16 (*sums)[2]) {
   const int steps = STEPS / halves(f);
   i32x16 dot[FEW][MAX_TILES][2];
   UNROLL for (int half = 0; half < halves(f); ++half) {
@@ -63,8 +62,18 @@ INLINE void multiply_group(const format f, const int tiles, const int records, c
     }
   }
   UNROLL for (int t = 0; t < tiles; ++t) if (!is_unpacked) unpack_scales(f, &m->planes, index[t], &w[t]);
-  UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) sums[i / terms][t] =
-      add_product(f, &w[t], x + i, i % terms, dot[i][t], sums[i / terms][t]);
+  UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) sums[i][t] =
+      add_product(f, &w[t], x + i, dot[i][t], sums[i][t]);
+}
+
+// The same, and the second records of those that have one. Weights that are not kept are unpacked again for these.
+INLINE void multiply_group(const format f, const int tiles, const int records, const matmul* m, const size_t* index,
+                           const int is_unpacked, weight_group* w, const activation_group* x, f32x16 (*sums)[2]) {
+  multiply_records(f, tiles, records, m, index, is_unpacked, w, x, sums);
+  UNROLL for (int i = 0; i < records; ++i) {
+    if (__builtin_expect(x[i].has_rest, 0))
+      multiply_records(f, tiles, 1, m, index, is_unpacked, w, x + i + rest_distance(m->rows, m->groups), sums + i);
+  }
 }
 
 // Up to two tiles: `at_once` of them share broadcasts, the others come one after the other.
@@ -77,10 +86,10 @@ INLINE tile_pair pair_tiles(size_t tile, size_t last, size_t next, const int at_
   return at_once == 2 ? (tile_pair){{tile, second}, {next, next + 1}} : (tile_pair){{tile, second}, {second, next}};
 }
 
-// `rows` rows, at most FEW records, times a pair of tiles.
-INLINE void multiply_few(const format f, const int rows, const int terms, const matmul* m, size_t tile, size_t last,
+// `rows` rows, at most FEW, times a pair of tiles.
+INLINE void multiply_few(const format f, const int rows, const matmul* m, size_t tile, size_t last,
                          size_t next, const activation_group* x, size_t stride, f32x16 (*sums)[2]) {
-  const int at_once = rows * terms == 1 ? 1 : MAX_TILES;
+  const int at_once = rows == 1 ? 1 : MAX_TILES;
   const tile_pair pair = pair_tiles(tile, last, next, at_once);
   for (int first = 0; first < 2; first += at_once) {
     f32x16 local[FEW][2];
@@ -93,17 +102,16 @@ INLINE void multiply_few(const format f, const int rows, const int terms, const 
         index[t] = pair.tile[first + t] * m->groups + g;
         prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g);
       }
-      multiply_group(f, at_once, rows * terms, terms, m, index, 0, w, record, local);
+      multiply_group(f, at_once, rows, m, index, 0, w, record, local);
     }
     UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) sums[r][first + t] = local[r][t];
   }
 }
 
 // `rows` rows, up to a block, times a pair of tiles.
-INLINE void multiply_many(const format f, const int terms, const matmul* m, size_t tile, size_t last, size_t next,
+INLINE void multiply_many(const format f, const matmul* m, size_t tile, size_t last, size_t next,
                           const activation_group* x, size_t stride, size_t rows, f32x16 (*sums)[2]) {
   const tile_pair pair = pair_tiles(tile, last, next, MAX_TILES);
-  const size_t at_once = MANY_RECORDS / (size_t)terms;
   for (size_t r = 0; r < rows; ++r) UNROLL for (int t = 0; t < 2; ++t) sums[r][t] = splat(0.0f);
   for (int first = 0; first < 2; first += MAX_TILES) {
     const activation_group* group = x;
@@ -117,12 +125,12 @@ INLINE void multiply_many(const format f, const int terms, const matmul* m, size
       }
       const activation_group* record = group;
       size_t r = 0;
-      for (; r + at_once <= rows; r += at_once, record += MANY_RECORDS) {
-        multiply_group(f, MAX_TILES, MANY_RECORDS, terms, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+      for (; r + MANY_RECORDS <= rows; r += MANY_RECORDS, record += MANY_RECORDS) {
+        multiply_group(f, MAX_TILES, MANY_RECORDS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
         FINISH_BEFORE_LOADS(record);
       }
-      for (; r < rows; ++r, record += terms) {
-        multiply_group(f, MAX_TILES, terms, terms, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+      for (; r < rows; ++r, ++record) {
+        multiply_group(f, MAX_TILES, 1, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
         FINISH_BEFORE_LOADS(record);
       }
     }
@@ -131,19 +139,19 @@ INLINE void multiply_many(const format f, const int terms, const matmul* m, size
 
 // One block of rows, from `row` on, times tiles `tile` and `tile` + 1; a tile behind `last` is not there, and `last`
 // stands in for it. `next` is the tile that follows.
-INLINE void multiply_block(const format f, const int terms, const matmul* m, size_t tile, size_t last, size_t next,
-                           size_t row, tile_sums sums) {
+INLINE void multiply_block(const format f, const matmul* m, size_t tile, size_t last, size_t next, size_t row,
+                           tile_sums sums) {
   size_t rows = min_size(BLOCK_ROWS, m->rows - row), stride;
-  const activation_group* x = m->x + activation_index(m->rows, m->groups, (size_t)terms, row, &stride);
-  if (rows * (size_t)terms > FEW) {
-    multiply_many(f, terms, m, tile, last, next, x, stride, rows, sums);
+  const activation_group* x = m->x + activation_index(m->rows, m->groups, row, &stride);
+  if (rows > FEW) {
+    multiply_many(f, m, tile, last, next, x, stride, rows, sums);
     return;
   }
-#define MULTIPLY_ROWS(n)                                                                        \
-  if (n * terms <= FEW && rows - r >= n) {                                                      \
-    multiply_few(f, n, terms, m, tile, last, next, x + r * (size_t)terms, stride, sums + r);    \
-    r += n;                                                                                     \
-    continue;                                                                                   \
+#define MULTIPLY_ROWS(n)                                                       \
+  if (n <= FEW && rows - r >= n) {                                             \
+    multiply_few(f, n, m, tile, last, next, x + r, stride, sums + r);          \
+    r += n;                                                                    \
+    continue;                                                                  \
   }
   for (size_t r = 0; r < rows;) {
     MULTIPLY_ROWS(8)

@@ -6,7 +6,7 @@
 
 typedef struct {
   activation_group* records;
-  size_t rows, groups, terms;
+  size_t rows, groups;
 } activations;
 
 // 1 / sqrt of the mean square of a row, which is read from `x` and, unless `residual` is null, summed with it and
@@ -30,25 +30,24 @@ INLINE float inverse_rms(const float* x, const float* residual, float* sum, size
 // x * factor * weight; a null weight leaves x as it is.
 INLINE void quantize_row(const float* x, float factor, const float* weight, const activations* out, size_t row) {
   size_t stride;
-  activation_group* record = out->records + activation_index(out->rows, out->groups, out->terms, row, &stride);
+  activation_group* record = out->records + activation_index(out->rows, out->groups, row, &stride);
   for (size_t g = 0; g < out->groups; ++g, record += stride) {
     values32 v = load_values(x + g * GROUP);
     if (weight) {
       values32 w = load_values(weight + g * GROUP);
       v = (values32){v.low * factor * w.low, v.high * factor * w.high};
     }
-    quantize_group(v, out->terms, record);
+    quantize_group(v, rest_distance(out->rows, out->groups), record);
   }
 }
 
 // Quantises x.
 //   x        [rows, columns], columns a multiple of 32
-//   out      rows * columns / 32 * terms records, see activations.h
-//   terms    1, or 2 for twice the bits
+//   out      records, see activations.h
 KERNEL void llmir_quantize_activations(const float* restrict x, size_t x_offset, uint8_t* restrict out,
-                                       size_t out_offset, size_t rows, size_t columns, size_t terms, size_t workgroup,
+                                       size_t out_offset, size_t rows, size_t columns, size_t workgroup,
                                        size_t rows_per_workgroup) {
-  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP, terms};
+  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP};
   size_t first = workgroup * rows_per_workgroup, end = min_size(rows, first + rows_per_workgroup);
   for (size_t row = first; row < end; ++row) quantize_row(x + x_offset + row * columns, 1.0f, NULL, &to, row);
 }
@@ -56,13 +55,12 @@ KERNEL void llmir_quantize_activations(const float* restrict x, size_t x_offset,
 // Quantises x / sqrt(mean(x^2) + epsilon) * weight, the mean over a row.
 //   x        [rows, columns], columns a multiple of 32
 //   weight   [columns]
-//   out      rows * columns / 32 * terms records, see activations.h
-//   terms    1, or 2 for twice the bits
+//   out      records, see activations.h
 KERNEL void llmir_norm_quantize(const float* restrict x, size_t x_offset, const float* restrict weight,
                                 size_t weight_offset, uint8_t* restrict out, size_t out_offset, size_t rows,
-                                size_t columns, size_t terms, float epsilon, size_t workgroup,
+                                size_t columns, float epsilon, size_t workgroup,
                                 size_t rows_per_workgroup) {
-  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP, terms};
+  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP};
   size_t first = workgroup * rows_per_workgroup, end = min_size(rows, first + rows_per_workgroup);
   for (size_t row = first; row < end; ++row) {
     const float* values = x + x_offset + row * columns;
@@ -74,14 +72,13 @@ KERNEL void llmir_norm_quantize(const float* restrict x, size_t x_offset, const 
 // The same for sum = x + residual, which is stored.
 //   x, residual, sum  [rows, columns], columns a multiple of 32
 //   weight            [columns]
-//   out               rows * columns / 32 * terms records, see activations.h
-//   terms             1, or 2 for twice the bits
+//   out               records, see activations.h
 KERNEL void llmir_add_norm_quantize(const float* restrict x, size_t x_offset, const float* restrict residual,
                                     size_t residual_offset, const float* restrict weight, size_t weight_offset,
                                     float* restrict sum, size_t sum_offset, uint8_t* restrict out, size_t out_offset,
-                                    size_t rows, size_t columns, size_t terms, float epsilon, size_t workgroup,
+                                    size_t rows, size_t columns, float epsilon, size_t workgroup,
                                     size_t rows_per_workgroup) {
-  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP, terms};
+  const activations to = {(activation_group*)(out + out_offset), rows, columns / GROUP};
   size_t first = workgroup * rows_per_workgroup, end = min_size(rows, first + rows_per_workgroup);
   for (size_t row = first; row < end; ++row) {
     float* values = sum + sum_offset + row * columns;

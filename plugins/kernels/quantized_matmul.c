@@ -3,12 +3,12 @@
 
 // All rows of y for the workgroup's tiles: blocks of activations outside, so that one block and the tiles' weights, a
 // few hundred kilobytes each at most, stay in the second cache.
-INLINE void multiply(const format f, const int terms, const matmul* m, float* y, size_t first, size_t end) {
+INLINE void multiply(const format f, const matmul* m, float* y, size_t first, size_t end) {
   for (size_t row = 0; row < m->rows; row += BLOCK_ROWS) {
     size_t rows = min_size(BLOCK_ROWS, m->rows - row);
     for (size_t tile = first; tile < end; tile += 2) {
       tile_sums sums;
-      multiply_block(f, terms, m, tile, end - 1, tile + 2, row, sums);
+      multiply_block(f, m, tile, end - 1, tile + 2, row, sums);
       for (size_t t = 0; t < min_size(2, end - tile); ++t) {
         size_t column = (tile + t) * LANES;
         for (size_t r = 0; r < rows; ++r)
@@ -24,20 +24,14 @@ INLINE void multiply(const format f, const int terms, const matmul* m, float* y,
 //   y        float32 [rows, columns]
 //   columns  of y: rows of the matrix, before padding to whole tiles
 //   depth    columns of x and of the matrix, a whole number of blocks
-//   terms    of the activations
-#define DEFINE_KERNEL(name, FORMAT)                                                                                   \
-  KERNEL void llmir_quantized_matmul_##name(FORMAT##_ARGUMENTS, const uint8_t* restrict x, size_t x_offset,           \
-                                            float* restrict y, size_t y_offset, size_t rows, size_t columns,          \
-                                            size_t depth, size_t terms, size_t workgroup,                             \
-                                            size_t tiles_per_workgroup) {                                             \
-    const matmul call = {                                                                                             \
-        FORMAT##_PLANES, (const activation_group*)(x + x_offset), rows, columns, depth / GROUP};               \
-    size_t first = workgroup * tiles_per_workgroup;                                                                   \
-    size_t end = min_size(ceil_div(columns, LANES), first + tiles_per_workgroup);                                     \
-    if (terms == 1)                                                                                                   \
-      multiply(FORMAT, 1, &call, y + y_offset, first, end);                                                           \
-    else                                                                                                              \
-      multiply(FORMAT, 2, &call, y + y_offset, first, end);                                                           \
+#define DEFINE_KERNEL(name, FORMAT)                                                                                 \
+  KERNEL void llmir_quantized_matmul_##name(FORMAT##_ARGUMENTS, const uint8_t* restrict x, size_t x_offset,         \
+                                            float* restrict y, size_t y_offset, size_t rows, size_t columns,        \
+                                            size_t depth, size_t workgroup, size_t tiles_per_workgroup) {           \
+    const matmul call = {FORMAT##_PLANES, (const activation_group*)(x + x_offset), rows, columns, depth / GROUP};   \
+    size_t first = workgroup * tiles_per_workgroup;                                                                 \
+    size_t end = min_size(ceil_div(columns, LANES), first + tiles_per_workgroup);                                   \
+    multiply(FORMAT, &call, y + y_offset, first, end);                                                              \
   }
 
 DEFINE_KERNEL(q4_0, Q4_0)

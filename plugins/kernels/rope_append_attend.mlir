@@ -33,23 +33,24 @@ util.func private @$name(
   %positions_per_split = arith.constant $positions_per_split : index
   %wanted = arith.ceildivui %room, %positions_per_split : index
   %most_splits = arith.constant $most_splits : index
-  %splits = arith.minui %wanted, %most_splits : index
-  %splits_i32 = arith.index_castui %splits : index to i32
+  %split_count = arith.minui %wanted, %most_splits : index
+  %splits = arith.index_castui %split_count : index to i32
   %kv_heads = arith.constant $kv_heads : index
   %batch = arith.constant $batch : index
-  %updated, %partials = flow.dispatch $attend[%splits, %kv_heads, %batch](
+  %rows = arith.constant $batch : i32
+  %updated, %partials = flow.dispatch $attend[%split_count, %kv_heads, %batch](
       %heads, %kv_heads_i32, %head_dim, %page_size, %entries_i32, %layers, %layer_i32, %query_stride, %query_first,
-      %key_stride, %key_first, %value_stride, %value_first, %window, %scale, %softcap, %splits_i32,
+      %key_stride, %key_first, %value_stride, %value_first, %window, %scale, %softcap, %splits,
       %cache, %query, %key, %value, %page_table, %positions, %cosines, %sines)
       : (i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32,
          $cache$page_sizes, $query, $key, $value, $table$entry_sizes, $positions, $angles, $angles)
-      -> (%cache$page_sizes, $partials{%splits})
+      -> (%cache$page_sizes, $partials{%split_count})
 
   // Stage 2: $columns_per_workgroup columns of a row in each workgroup.
   %column_workgroups = arith.constant $column_workgroups : index
   %columns_per_workgroup = arith.constant $columns_per_workgroup : i32
   %output = flow.dispatch $merge[%column_workgroups, %batch, %c1](
-      %heads, %head_dim, %splits_i32, %columns_per_workgroup, %partials)
-      : (i32, i32, i32, i32, $partials{%splits}) -> $output
+      $merge_sizes, %partials)
+      : ($merge_types, $partials{%split_count}) -> $output
   util.return %output, %updated : $output, $cache
 }

@@ -32,8 +32,6 @@ def fold_silu_mul(module: ir.Module, _lowering: Lowering) -> None:
 
 def _gated_product(quantization: ir.Operation) -> ir.Operation | None:
     """The matmul of gate and up that a quantised tensor comes from, if nobody else needs what is between."""
-    if attributes_of(quantization)["terms"] != 1:
-        return None
     both = producer(quantization.operands[0], "torch.aten.mul.Tensor")
     if both is None or only_user(both.results[0], "llmir.quantize_activations") is None:
         return None

@@ -24,7 +24,7 @@ def fuse_attention_quantization(module: ir.Module, _lowering: Lowering) -> None:
             continue
         columns = tensor_type(output).shape[-1] or 0
         head_dim = columns // int(attributes_of(attention)["heads"])
-        if head_dim % GROUP or attributes_of(quantization)["terms"] != 1:
+        if head_dim % GROUP:
             continue
         with ir.InsertionPoint(attention), attention.location:
             types = (quantization.results[0].type, attention.results[1].type)

@@ -13,7 +13,6 @@ from iree.compiler import ir
 from llmir_iree.plugins.calls import read_constant
 from llmir_iree.plugins.lowering import Lowering
 from llmir_iree.plugins.matching import (
-    attributes_of,
     constants,
     create,
     only_user,
@@ -41,7 +40,7 @@ def fuse_norm_quantization(module: ir.Module, _lowering: Lowering) -> None:
         norm = _match(quantization.operands[0])
         if norm is None:
             continue
-        attributes = {"epsilon": norm.epsilon, **attributes_of(quantization)}
+        attributes = {"epsilon": norm.epsilon}
         codes = quantization.results[0].type
         total = producer(norm.x, "torch.aten.add.Tensor")
         with ir.InsertionPoint(quantization), quantization.location:

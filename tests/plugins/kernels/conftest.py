@@ -81,7 +81,6 @@ def rounding_bound(x, terms=1):
     return np.repeat(bound, GROUP, axis=-1)
 
 
-
 class Program:
     """Kernels in a process of their own, which driver.c serves; the requests are described there."""
 

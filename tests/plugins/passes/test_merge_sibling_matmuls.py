@@ -19,7 +19,7 @@ def test_q_k_v_and_gate_up_become_one_each(llama: Any, run_passes: Callable[...,
     assert after.counts["torch.aten.slice.Tensor"] == slices + 2 * 5
     # Weights that are read as part of others are not read for themselves.
     loads = [line for line in after.text.splitlines() if "util.global.load" in line]
-    assert not [line for line in loads if "q_proj.weight" in line or "up_proj.weight" in line and "+" not in line]
+    assert not [line for line in loads if "q_proj.weight" in line or ("up_proj.weight" in line and "+" not in line)]
 
 
 @pytest.mark.parametrize(

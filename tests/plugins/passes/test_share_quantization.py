@@ -8,9 +8,7 @@ MERGE = "merge-sibling-matmuls"
 
 
 def terms(text: str, op: str) -> list[int]:
-    return [
-        int(line.split("terms = ")[1].split(" ")[0]) for line in text.splitlines() if f'"torch.llmir.{op}"' in line
-    ]
+    return [int(line.split("terms = ")[1].split(" ")[0]) for line in text.splitlines() if f'"torch.llmir.{op}"' in line]
 
 
 def test_matmuls_of_one_input_share_its_codes(llama: Any, run_passes: Callable[..., Any]) -> None:
@@ -31,9 +29,7 @@ def test_what_attention_takes_is_quantised_to_two_terms(llama: Any, run_passes: 
 
 def test_the_last_position_of_a_decode_is_all_there_is(llama: Any, run_passes: Callable[..., Any]) -> None:
     """The head of a decode takes the norm itself, not a slice of it; that of a prefill takes one of many positions."""
-    slices = {
-        phase: run_passes(llama.phases[phase], SHARE).counts["torch.aten.slice.Tensor"] for phase in llama.phases
-    }
+    slices = {phase: run_passes(llama.phases[phase], SHARE).counts["torch.aten.slice.Tensor"] for phase in llama.phases}
     before = {phase: run_passes(llama.phases[phase]).counts["torch.aten.slice.Tensor"] for phase in llama.phases}
     assert slices["prefill"] == before["prefill"]
     assert slices["decode"] < before["decode"]
