@@ -1,10 +1,10 @@
 // Causal attention of a block of queries over what a paged cache holds: softmax(scale * q k) v, page by page.
 //
 // A query here is one head of one token. Queries that share a key head (the group's heads of successive tokens) are
-// taken together, so that a key is widened once for all. They stand side by side in the lanes of one or two vectors: a
-// query has `share` lanes, of which lane s holds its elements s, s + share, s + 2 share and so on. Its share is one lane
-// if there are many queries, and all 16 if there is one, so that no lane idles. What meets the lanes is `share`
-// consecutive elements of a key or a value, repeated over the vector.
+// taken together, so that a key is widened once for all. They stand side by side in the lanes of one or two vectors. A
+// query has `share` lanes, of which lane s holds its elements s, s + share, s + 2 share and so on; what meets the lanes
+// is `share` consecutive elements of a key or a value, repeated over the vector. Its share is one lane if there are
+// many queries, and all 16 if there is one, so that no lane idles.
 //
 // The softmax is online: a running maximum, sum and weighted value for each query, rescaled when the maximum moves.
 #pragma once
@@ -77,10 +77,10 @@ INLINE void add_query(const attention* a, query_block* block, size_t token, size
 
 // What a block of queries carries from position to position. A vector of lanes is 16 floats.
 typedef struct {
-  float* queries;  // [steps, vectors, lanes], scaled
-  float* sums;     // like queries: the weighted values
-  float* wide;     // [positions, stride]: keys, then values
-  float* products;  // [positions, vectors, lanes]: what each lane has of a score, then what it weighs
+  float* queries;                                // [steps, vectors, lanes], scaled
+  float* sums;                                   // like queries: the weighted values
+  float* wide;                                   // [positions, stride]: keys, then values
+  float* products;                               // [positions, vectors, lanes]: parts of scores, then weights
   i32x16 first[MAX_VECTORS], last[MAX_VECTORS];  // positions that a lane's query sees
   f32x16 maximum[MAX_VECTORS];                   // highest score so far, of the lane's query
   f32x16 total[MAX_VECTORS];                     // sum of the weights of positions that fell to the lane
@@ -195,6 +195,10 @@ INLINE f32x16 sum_of_shares(const int share, f32x16 x) {
   return x;
 }
 
+INLINE void prefetch_row(const uint16_t* row, size_t dim) {
+  for (size_t d = 0; d < dim; d += 64 / sizeof *row) __builtin_prefetch(row + d);
+}
+
 // `count` positions from `t` on as float32 [count, stride], rows padded with zeros to whole vectors. Meanwhile what
 // will be wanted next, `ahead` positions on but before `end`, is on its way: pages lie apart, and the hardware's own
 // prefetch stops at the end of one.
@@ -207,7 +211,7 @@ INLINE void widen(const attention* a, size_t batch_row, int kind, size_t head, s
     size_t next = t + ahead < end ? t + ahead : t;
     const uint16_t* later = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, next);
     for (size_t i = 0; i < in_page; ++i, in += dim, later += dim, out += stride) {
-      for (size_t d = 0; d < dim; d += 32) __builtin_prefetch(later + d);
+      prefetch_row(later, dim);
       if (a->element == F16)
         load_row(F16, out, in, dim);
       else
@@ -218,19 +222,34 @@ INLINE void widen(const attention* a, size_t batch_row, int kind, size_t head, s
   }
 }
 
+// Which lanes leave out which steps of a product: all but steps first[v] up to last[v].
+typedef struct {
+  i32x16 first[MAX_VECTORS], last[MAX_VECTORS];
+} step_range;
+
 // c[r] = factor * c[r] + the sum over k of a[r, k] * b[k]: `rows` rows, each of whose elements is `share` floats that
-// meet all lanes of b[k].
+// meet all lanes of b[k]. Lanes leave out what is not in their range, if there is one: a factor of zero would not do,
+// as it does not cancel a NaN.
 INLINE void multiply_rows(const layout l, const int rows, const float* a, const size_t row_stride,
-                          const size_t step_stride, const float* b, size_t depth, const f32x16* factor, float* c) {
+                          const size_t step_stride, const float* b, size_t depth, const f32x16* factor,
+                          const step_range* range, float* c) {
   f32x16 sum[SUMS][MAX_VECTORS];
   UNROLL for (int r = 0; r < rows; ++r) {
     UNROLL for (int v = 0; v < l.vectors; ++v) sum[r][v] =
         factor ? load_f32(c + (r * l.vectors + v) * LANES) * factor[v] : splat(0.0f);
   }
   for (size_t k = 0; k < depth; ++k, a += step_stride, b += l.vectors * LANES) {
+    i32x16 step = splat_i32((int32_t)k);
     UNROLL for (int r = 0; r < rows; ++r) {
       f32x16 element = repeat(l.share, a + (size_t)r * row_stride);
-      UNROLL for (int v = 0; v < l.vectors; ++v) sum[r][v] += element * load_f32(b + v * LANES);
+      UNROLL for (int v = 0; v < l.vectors; ++v) {
+        f32x16 next = sum[r][v] + element * load_f32(b + v * LANES);
+        if (range) {
+          i32x16 inside = (i32x16)(step >= range->first[v]) & (i32x16)(step <= range->last[v]);
+          next = select_f32(inside, next, sum[r][v]);
+        }
+        sum[r][v] = next;
+      }
     }
   }
   UNROLL for (int r = 0; r < rows; ++r) {
@@ -240,15 +259,15 @@ INLINE void multiply_rows(const layout l, const int rows, const float* a, const 
 
 // The same for any number of rows.
 INLINE void multiply(const layout l, size_t rows, const float* a, const size_t row_stride, const size_t step_stride,
-                     const float* b, size_t depth, const f32x16* factor, float* c) {
+                     const float* b, size_t depth, const f32x16* factor, const step_range* range, float* c) {
   const int most = SUMS / l.vectors, few = most > 4 ? 4 : 1;
   size_t r = 0, row_floats = (size_t)l.vectors * LANES;
   for (; r + (size_t)most <= rows; r += (size_t)most)
-    multiply_rows(l, most, a + r * row_stride, row_stride, step_stride, b, depth, factor, c + r * row_floats);
+    multiply_rows(l, most, a + r * row_stride, row_stride, step_stride, b, depth, factor, range, c + r * row_floats);
   for (; few > 1 && r + (size_t)few <= rows; r += (size_t)few)
-    multiply_rows(l, few, a + r * row_stride, row_stride, step_stride, b, depth, factor, c + r * row_floats);
+    multiply_rows(l, few, a + r * row_stride, row_stride, step_stride, b, depth, factor, range, c + r * row_floats);
   for (; r < rows; ++r)
-    multiply_rows(l, 1, a + r * row_stride, row_stride, step_stride, b, depth, factor, c + r * row_floats);
+    multiply_rows(l, 1, a + r * row_stride, row_stride, step_stride, b, depth, factor, range, c + r * row_floats);
 }
 
 // Takes in `count` positions from `t` on. Unless `masked`, all queries that see anything see them all.
@@ -260,7 +279,7 @@ INLINE void attend_positions(const attention* a, const layout l, const int maske
 
   // Stage 1: scores, those of `share` positions in each vector.
   widen(a, batch_row, KEY, head, t, count, l.positions, end, l.stride, state->wide);
-  multiply(l, count, state->wide, l.stride, (size_t)l.share, state->queries, steps, 0, p);
+  multiply(l, count, state->wide, l.stride, (size_t)l.share, state->queries, steps, 0, 0, p);
   const int hides = masked || l.share > 1;  // the last vector may hold positions that are not there
   f32x16 highest[MAX_VECTORS];
   UNROLL for (int v = 0; v < l.vectors; ++v) highest[v] = state->maximum[v];
@@ -304,25 +323,14 @@ INLINE void attend_positions(const attention* a, const layout l, const int maske
     }
   }
 
-  // Stage 3: add the weighted values. A weight of zero does not cancel a NaN, so a lane skips what it does not see.
+  // Stage 3: add the weighted values of what each lane sees.
   widen(a, batch_row, VALUE, head, t, count, l.positions, end, l.stride, state->wide);
-  if (!masked) {
-    multiply(l, steps, state->wide, (size_t)l.share, l.stride, p, count, shrink, state->sums);
-    return;
+  step_range seen;
+  UNROLL for (int v = 0; v < l.vectors; ++v) {
+    seen.first[v] = state->first[v] - (int32_t)t;
+    seen.last[v] = state->last[v] - (int32_t)t;
   }
-  for (size_t i = 0; i < steps; ++i) {
-    UNROLL for (int v = 0; v < l.vectors; ++v) {
-      f32x16 sum = load_f32(state->sums + i * row_floats + v * LANES) * shrink[v];
-      for (size_t k = 0; k < count; ++k) {
-        f32x16 weight = load_f32(p + k * row_floats + v * LANES);
-        f32x16 next = sum + weight * repeat(l.share, state->wide + k * l.stride + i * (size_t)l.share);
-        i32x16 position = splat_i32((int32_t)(t + k));
-        i32x16 seen = (i32x16)(position >= state->first[v]) & (i32x16)(position <= state->last[v]);
-        sum = select_f32(seen, next, sum);
-      }
-      store_f32(state->sums + i * row_floats + v * LANES, sum);
-    }
-  }
+  multiply(l, steps, state->wide, (size_t)l.share, l.stride, p, count, shrink, masked ? &seen : 0, state->sums);
 }
 
 // Moves 16 elements of all queries between rows [query, stride] and lanes.
@@ -399,9 +407,24 @@ INLINE void store_outputs(const attention* a, const layout l, const query_block*
   }
 }
 
+// Sets out for the first positions, while queries are brought to their lanes.
+INLINE void prefetch_first(const attention* a, const layout l, const query_block* block, size_t batch_row,
+                           size_t head) {
+  if (block->begin >= block->end) return;
+  size_t t = (size_t)block->begin, dim = a->shape.head_dim;
+  const uint16_t* key = a->cache + cache_index(&a->shape, batch_row, a->layer, KEY, head, t);
+  const uint16_t* value = a->cache + cache_index(&a->shape, batch_row, a->layer, VALUE, head, t);
+  size_t in_page = min_size((size_t)block->end - t, a->shape.page_size - t % a->shape.page_size);
+  for (size_t i = 0; i < min_size(in_page, l.positions); ++i) {
+    prefetch_row(key + i * dim, dim);
+    prefetch_row(value + i * dim, dim);
+  }
+}
+
 // All positions that the block's queries see. Most lie before all of them, or in all their windows.
 INLINE void attend_block(const attention* a, const layout l, const query_block* block, size_t batch_row, size_t head,
                          attention_state* state) {
+  prefetch_first(a, l, block, batch_row, head);
   load_queries(a, l, block, state);
   start_lanes(l, block, state);
   for (int32_t t = block->begin; t < block->end;) {

@@ -55,14 +55,14 @@ INLINE void attend_split(const attention* a, const new_token* new, int32_t posit
 }
 
 // One workgroup takes a split of what one row sees of one key head.
-//   cache             see cache.h; written in place
-//   query, key, value float32 rows of tokens, which may be the same; the row of batch row b begins at b * stride, and in
-//                     it, at `first`, heads [heads or kv_heads, head_dim], head_dim even and at most 256
-//   page_table        int32 [batch, table]
-//   positions         int32 [batch]; a row with a negative one is idle: nothing is stored, its partials are empty
-//   cosines, sines    float32 [batch, head_dim]
-//   partials          float32 [batch, heads, splits, head_dim + 2]: the sum of weighted values, the maximum, the total
-//   window, softcap   see llmir_paged_attention
+//   cache              see cache.h; written in place
+//   query, key, value  float32 rows of tokens, which may be the same; that of batch row b begins at b * stride, and in
+//                      it, at `first`, heads [heads or kv_heads, head_dim], head_dim even and at most 256
+//   page_table         int32 [batch, table]
+//   positions          int32 [batch]; a row with a negative one is idle: nothing is stored, its partials are empty
+//   cosines, sines     float32 [batch, head_dim]
+//   partials           float32 [batch, heads, splits, head_dim + 2]: the sum of weighted values, the maximum, the total
+//   window, softcap    see llmir_paged_attention
 #define DEFINE_ROPE_APPEND_ATTEND(name, kind)                                                                          \
   KERNEL void llmir_rope_append_attend_##name(                                                                         \
       uint16_t* cache, size_t cache_offset, const float* restrict query, size_t query_offset,                          \
