@@ -14,7 +14,7 @@ import torch
 
 from llmir_iree.plugins.kernels import build
 
-GROUP, RECORD_BYTES = 32, 48
+GROUP = 32
 ATTENDED_QUERIES = 32
 
 # What /proc/cpuinfo says of a processor that runs an instruction set.
@@ -45,39 +45,43 @@ _RECORD = np.dtype(
     [
         ("codes", np.int8, GROUP),
         *((name, np.float32) for name in ("scale", "offset")),
-        *((name, np.int32) for name in ("code_sum", "low_code_sum")),
+        *(("start", np.int32), ("low_start", np.int16), ("has_rest", np.int16)),
     ]
 )
 
 
-def read_records(packed, rows, columns, terms=1):
-    """Records [rows, groups, terms] of quantised activations, as activations.h lays them out."""
+def read_records(packed, rows, columns):
+    """Records [rows, groups, 2] of quantised activations, as activations.h lays them out; those missing are zero."""
     groups = columns // GROUP
-    records = packed.view(_RECORD)
-    blocks = [
-        records[first * groups * terms : min(rows, first + 32) * groups * terms].reshape(groups, -1, terms)
-        for first in range(0, rows, 32)
-    ]
-    return np.concatenate([block.swapaxes(0, 1) for block in blocks])
+    halves = []
+    for records in np.split(packed.view(_RECORD), 2):
+        blocks = [
+            records[first * groups : min(rows, first + 32) * groups].reshape(groups, -1) for first in range(0, rows, 32)
+        ]
+        halves.append(np.concatenate([block.T for block in blocks]))
+    first, second = halves
+    return np.stack((first, np.where(first["has_rest"] != 0, second, np.zeros_like(second))), axis=-1)
 
 
-def dequantize_activations(packed, rows, columns, terms=1):
+def dequantize_activations(packed, rows, columns):
     """What quantised activations stand for, float64 [rows, columns]."""
-    records = read_records(packed, rows, columns, terms)
+    records = read_records(packed, rows, columns)
     values = records["codes"] * records["scale"][..., None].astype(np.float64)
     values += records["offset"][..., None].astype(np.float64)
     return values.sum(2).reshape(rows, columns)
 
 
-def rounding_bound(x, terms=1):
+def rounding_bound(x, has_rest=False):
     """How far each of x may be from what it is rounded to: half a step of its group of 32, and float32's rounding.
 
-    A step is the distance between the group's ends / 254, a second term divides it by 254 once more. No value is
-    further off than with symmetric codes of 8 bits, whose step is twice the largest magnitude / 254.
+    A step is the distance between the group's ends / 254; a second record divides it by 254 once more, in groups
+    `has_rest` [rows, groups]. No value is further off than with symmetric codes of 8 bits, whose step is twice the
+    largest magnitude / 254.
     """
     grouped = x.astype(np.float64).reshape(len(x), -1, GROUP)
     reach = (grouped.max(-1) - grouped.min(-1)) / 2
-    bound = reach / 254**terms * (1 + 1e-4) + 2.0**-22 * np.abs(grouped).max(-1) + 2.0**-120
+    steps = np.where(has_rest, 254.0**2, 254.0)
+    bound = reach / steps * (1 + 1e-4) + 2.0**-22 * np.abs(grouped).max(-1) + 2.0**-120
     return np.repeat(bound, GROUP, axis=-1)
 
 
@@ -144,53 +148,52 @@ class Kernels:
         assert all(array.flags.c_contiguous for array in arrays)
         self._program.call(name, arrays, [sizes(workgroup) for workgroup in workgroups])
 
-    def quantize(self, x, terms=1, rows_per_workgroup=3):
+    def quantize(self, x, rows_per_workgroup=3):
         """Quantised activations of x as bytes."""
-        return self._quantize("llmir_quantize_activations", (x,), terms, (), rows_per_workgroup)
+        return self._quantize("llmir_quantize_activations", (x,), (), rows_per_workgroup)
 
-    def norm_quantize(self, x, weight, epsilon, terms=1, rows_per_workgroup=3):
+    def norm_quantize(self, x, weight, epsilon, rows_per_workgroup=3):
         """Quantised activations of the norm of x."""
-        return self._quantize("llmir_norm_quantize", (x, weight), terms, (epsilon,), rows_per_workgroup)
+        return self._quantize("llmir_norm_quantize", (x, weight), (epsilon,), rows_per_workgroup)
 
-    def add_norm_quantize(self, x, residual, weight, epsilon, terms=1, rows_per_workgroup=3):
+    def add_norm_quantize(self, x, residual, weight, epsilon, rows_per_workgroup=3):
         """The sum of x and residual, and quantised activations of its norm."""
         total = np.full_like(x, np.nan)
         arrays = (x, residual, weight, total)
-        return total, self._quantize("llmir_add_norm_quantize", arrays, terms, (epsilon,), rows_per_workgroup)
+        return total, self._quantize("llmir_add_norm_quantize", arrays, (epsilon,), rows_per_workgroup)
 
-    def _quantize(self, name, arrays, terms, floats, rows_per_workgroup):
+    def _quantize(self, name, arrays, floats, rows_per_workgroup):
         rows, columns = arrays[0].shape
-        out = _codes(rows, columns, terms)
+        out = _codes(rows, columns)
         self.dispatch(
             name,
             (*arrays, out),
             range(-(-rows // rows_per_workgroup)),
-            lambda w: (rows, columns, terms, *floats, w, rows_per_workgroup),
+            lambda w: (rows, columns, *floats, w, rows_per_workgroup),
         )
         return out
 
-    def matmul(self, weight_format, tiles, x, columns, terms=1, tiles_per_workgroup=2):
+    def matmul(self, weight_format, tiles, x, columns, tiles_per_workgroup=2):
         """x [rows, depth] times the tiles of a [columns, depth] matrix."""
         rows, depth = x.shape
         is_plain = weight_format in ("f16", "bf16")
         y = np.full((rows, columns), np.nan, np.float32)
-        sizes = (rows, columns, depth) if is_plain else (rows, columns, depth, terms)
         self.dispatch(
             f"llmir_quantized_matmul_{weight_format}",
-            (*tiles.values(), x if is_plain else self.quantize(x, terms), y),
+            (*tiles.values(), x if is_plain else self.quantize(x), y),
             range(-(-columns // (16 * tiles_per_workgroup))),
-            lambda w: (*sizes, w, tiles_per_workgroup),
+            lambda w: (rows, columns, depth, w, tiles_per_workgroup),
         )
         return y
 
-    def gated_matmul(self, weight_format, tiles, codes, rows, columns, depth, terms=1, groups_per_workgroup=2):
+    def gated_matmul(self, weight_format, tiles, codes, rows, columns, depth, groups_per_workgroup=2):
         """Quantised activations of silu(gate) * up, from those of x and the tiles of gates and ups."""
-        out = _codes(rows, columns, 1)
+        out = _codes(rows, columns)
         self.dispatch(
             f"llmir_gated_matmul_{weight_format}",
             (*tiles.values(), codes, out),
             range(-(-columns // (GROUP * groups_per_workgroup))),
-            lambda w: (rows, columns, depth, terms, w, groups_per_workgroup),
+            lambda w: (rows, columns, depth, w, groups_per_workgroup),
         )
         return out
 
@@ -267,6 +270,18 @@ class Kernels:
         )
         return partials
 
+    def merge_quantize(self, partials, columns_per_workgroup=512):
+        """Quantised output of partials."""
+        batch, heads, splits, head_dim = (*partials.shape[:3], partials.shape[3] - 2)
+        out = _codes(batch, heads * head_dim)
+        self.dispatch(
+            "llmir_merge_attention_quantize",
+            (partials, out),
+            np.ndindex(-(-heads * head_dim // columns_per_workgroup), batch),
+            lambda w: (batch, heads, head_dim, splits, *w, columns_per_workgroup),
+        )
+        return out
+
     def merge(self, partials, columns_per_workgroup=512):
         """Output [batch, 1, heads, head_dim] of partials."""
         batch, heads, splits, head_dim = (*partials.shape[:3], partials.shape[3] - 2)
@@ -284,8 +299,8 @@ def _element(cache):
     return {"float16": "f16", "bfloat16": "bf16"}[cache.dtype.name]
 
 
-def _codes(rows, columns, terms):
-    return np.full(rows * columns // GROUP * terms * RECORD_BYTES, 0xAA, np.uint8)
+def _codes(rows, columns):
+    return np.full(rows * columns // GROUP * 2 * _RECORD.itemsize, 0xAA, np.uint8)
 
 
 def _table(objects):

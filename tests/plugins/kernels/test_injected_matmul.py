@@ -117,19 +117,19 @@ def test_compiled_module_multiplies(load, weight_format):
 
 
 def test_compiled_module_runs_a_gated_layer(load):
-    """A norm of a sum, two terms of it times gates and ups, and the product of what they give."""
+    """A norm of a sum times gates and ups, and the product of what they give."""
     batch, depth, columns, width = 2, 256, 512, 41
     rng = np.random.default_rng(1)
     gated, gated_weights = random_planes(rng, "q4_0", 2 * columns, depth, 0.01)
     down, down_weights = random_planes(rng, "q6_k", width, columns, 0.01)
     x = TensorType((batch, None, depth), "f32")
-    codes = quantized_type(x, 2)
-    hidden = quantized_type(TensorType((batch, None, columns), "f32"), 1)
+    codes = quantized_type(x)
+    hidden = quantized_type(TensorType((batch, None, columns), "f32"))
     y = TensorType((batch, None, width), "f32")
     weight = TensorType((depth,), "f32")
-    norm = (("epsilon", 1e-5), ("terms", 2))
-    up = (("format", "q4_0"), ("out_features", columns), ("terms", 2))
-    last = (("format", "q6_k"), ("out_features", width), ("terms", 1))
+    norm = (("epsilon", 1e-5),)
+    up = (("format", "q4_0"), ("out_features", columns))
+    last = (("format", "q6_k"), ("out_features", width))
     inputs = (x, x, weight, *types_of(gated), *types_of(down))
     add = LlmirCall("add_norm_quantize", (x, x, weight), (x, codes), norm)
     gate = LlmirCall("gated_multiply", (codes, *types_of(gated)), (hidden,), up)
@@ -160,11 +160,11 @@ def test_compiled_module_returns_sums_and_norms(load):
     rng = np.random.default_rng(2)
     tiles, weights = random_planes(rng, "q8_0", width, depth, 0.01)
     x = TensorType((1, None, depth), "f32")
-    codes = quantized_type(x, 1)
+    codes = quantized_type(x)
     y = TensorType((1, None, width), "f32")
     weight = TensorType((depth,), "f32")
-    norm = (("epsilon", 1e-5), ("terms", 1))
-    constants = (("format", "q8_0"), ("out_features", width), ("terms", 1))
+    norm = (("epsilon", 1e-5),)
+    constants = (("format", "q8_0"), ("out_features", width))
     multiply = LlmirCall("multiply", (codes, *types_of(tiles)), (y,), constants)
     both = LlmirCall("add_norm_quantize", (x, x, weight), (x, codes), norm)
     one = LlmirCall("norm_quantize", (x, weight), (codes,), norm)

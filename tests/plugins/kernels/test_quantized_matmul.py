@@ -15,7 +15,6 @@ from tests.plugins.kernels.conftest import dequantize_activations, rounding_boun
 
 ROWS = (1, 2, 3, 7, 8, 9, 31, 33)
 BLOCKED = ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
-TERMS = (1, 2)
 ROUNDING = 1e-5
 
 
@@ -37,36 +36,49 @@ def random_weights(weight_format, columns, depth, scale=0.02, seed=0):
     return planes, dequantize(weight_format, tensors).double().numpy()
 
 
-def bound(x, weights, terms):
+def bound(x, weights):
     """Largest error of each result, [rows, columns]."""
-    return (rounding_bound(x, terms) + ROUNDING * np.abs(x.astype(np.float64))) @ np.abs(weights).T
+    return (rounding_bound(x) + ROUNDING * np.abs(x.astype(np.float64))) @ np.abs(weights).T
 
 
-def check(kernels, weight_format, x, columns, terms=1, **options):
+def check(kernels, weight_format, x, columns, **options):
     planes, weights = random_weights(weight_format, columns, x.shape[1], **options)
-    y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, columns, terms)
+    y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, columns)
     exact = x.astype(np.float64) @ weights.T
     assert np.isfinite(y).all()
-    assert (np.abs(y - exact) <= bound(x, weights, terms)).all()
+    assert (np.abs(y - exact) <= bound(x, weights)).all()
     return y, exact, np.abs(x.astype(np.float64)) @ np.abs(weights).T
 
 
-@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("weight_format", BLOCKED)
-def test_awkward_sizes(kernels, weight_format, rows, terms):
+def test_awkward_sizes(kernels, weight_format, rows):
     block = max(32, FORMATS[weight_format].block_size)
     for columns, depth in ((16, block), (1, 2 * block), (41, 5 * block)):
         x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32) + 0.5
-        check(kernels, weight_format, x, columns, terms)
+        check(kernels, weight_format, x, columns)
 
 
-@pytest.mark.parametrize(("terms", "largest"), [(1, 2e-3), (2, 1e-5)])
 @pytest.mark.parametrize("weight_format", BLOCKED)
-def test_error_of_a_long_row(kernels, weight_format, terms, largest):
+def test_error_of_a_long_row(kernels, weight_format):
     x = np.random.default_rng(3).standard_normal((9, 2048)).astype(np.float32)
-    y, exact, size = check(kernels, weight_format, x, 48, terms)
-    assert np.abs((y - exact) / size).max() < largest  # errors of single activations cancel out
+    y, exact, size = check(kernels, weight_format, x, 48)
+    assert np.abs((y - exact) / size).max() < 2e-3  # errors of single activations cancel out
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_outliers(kernels, weight_format, rows):
+    """Groups with a second record in some rows: the bound is that of the records, not of 8 bits."""
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, 512)).astype(np.float32)
+    x[::2, 5] = 1e4
+    x[rows // 2, 300] = -1e4
+    planes, weights = random_weights(weight_format, 41, 512)
+    y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, 41)
+    rounded = dequantize_activations(kernels.quantize(x), *x.shape)
+    assert np.abs(rounded - x).max() < 1e4 / 254**2
+    assert (np.abs(y - rounded @ weights.T) <= ROUNDING * np.abs(rounded) @ np.abs(weights).T).all()
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e20, 1e36])
@@ -108,20 +120,19 @@ def test_rows_do_not_mix(kernels, weight_format):
     planes, _ = random_weights(weight_format, 40, 512)
     tiles = pack_tile16(weight_format, planes)
     x = np.random.default_rng(6).standard_normal((33, 512)).astype(np.float32)
-    for terms in TERMS:
-        alone = kernels.matmul(weight_format, tiles, x[20:21], 40, terms)
-        together = kernels.matmul(weight_format, tiles, x, 40, terms)[20:21]
-        np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
+    x[19:22, 100] = 1e3
+    alone = kernels.matmul(weight_format, tiles, x[20:21], 40)
+    together = kernels.matmul(weight_format, tiles, x, 40)[20:21]
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("terms", TERMS)
-def test_what_is_not_finite_reaches_its_row_alone(kernels, value, terms):
+def test_what_is_not_finite_reaches_its_row_alone(kernels, value):
     planes, _ = random_weights("q4_0", 16, 64)
     planes["qs"][3] = 0x88  # weights that are zero
     x = np.random.default_rng(7).standard_normal((3, 64)).astype(np.float32)
     x[1, 3] = value
-    y = kernels.matmul("q4_0", pack_tile16("q4_0", planes), x, 16, terms)
+    y = kernels.matmul("q4_0", pack_tile16("q4_0", planes), x, 16)
     assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
     assert np.isfinite(y[[0, 2]]).all()
 
@@ -132,18 +143,17 @@ def gate(y):
     return (torch.nn.functional.silu(gates) * ups).numpy()
 
 
-@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("weight_format", BLOCKED)
-def test_gated(kernels, weight_format, rows, terms):
+def test_gated(kernels, weight_format, rows):
     """Against the composition of multiplying, gating and quantising."""
     block = max(32, FORMATS[weight_format].block_size)
     for columns, depth in ((32, block), (96, 2 * block)):
         x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32)
         planes, _ = random_weights(weight_format, 2 * columns, depth)
         tiles = pack_tile16(weight_format, planes)
-        y = kernels.matmul(weight_format, tiles, x, 2 * columns, terms)
-        packed = kernels.gated_matmul(weight_format, tiles, kernels.quantize(x, terms), rows, columns, depth, terms)
+        y = kernels.matmul(weight_format, tiles, x, 2 * columns)
+        packed = kernels.gated_matmul(weight_format, tiles, kernels.quantize(x), rows, columns, depth)
         expected = gate(y.astype(np.float64))
         error = np.abs(dequantize_activations(packed, rows, columns) - expected)
         assert (error <= rounding_bound(expected) + 1e-6 * np.abs(expected)).all()

@@ -1,14 +1,9 @@
-"""share-quantization: one quantisation an input, two terms where attention asks for them."""
+"""share-quantization: one quantisation an input."""
 
 from collections.abc import Callable
 from typing import Any
 
 SHARE = "share-quantization"
-MERGE = "merge-sibling-matmuls"
-
-
-def terms(text: str, op: str) -> list[int]:
-    return [int(line.split("terms = ")[1].split(" ")[0]) for line in text.splitlines() if f'"torch.llmir.{op}"' in line]
 
 
 def test_matmuls_of_one_input_share_its_codes(llama: Any, run_passes: Callable[..., Any]) -> None:
@@ -17,14 +12,6 @@ def test_matmuls_of_one_input_share_its_codes(llama: Any, run_passes: Callable[.
     assert after.llmir()["quantize_activations"] == 2 * 4 + 1
     assert after.llmir()["multiply"] == 2 * 7 + 1
     assert "quantized_matmul" not in after.llmir()
-
-
-def test_what_attention_takes_is_quantised_to_two_terms(llama: Any, run_passes: Callable[..., Any]) -> None:
-    for names in ((SHARE,), ("fuse-append-attention", SHARE), (MERGE, SHARE)):
-        after = run_passes(llama.phases["decode"], *names, merged=llama.merged)
-        assert terms(after.text, "quantize_activations") == [2, 1, 1, 1, 2, 1, 1, 1, 1]
-        products = terms(after.text, "multiply")
-        assert sum(products) - len(products) == (2 if MERGE in names else 6)
 
 
 def test_the_last_position_of_a_decode_is_all_there_is(llama: Any, run_passes: Callable[..., Any]) -> None:
