@@ -26,9 +26,9 @@ def matmul_call(weight_format, tiles, columns, depth, seq, layout="tile16"):
     return LlmirCall("quantized_matmul", (TensorType((2, seq, depth), "f32"), *planes), (y,), constants)
 
 
-def module_of(call, target=TARGET):
+def module_of(call):
     """A module whose function `main` takes x and the planes of one call."""
-    functions = quantized_matmul(call, target)
+    functions = quantized_matmul(call, TARGET)
     names = [f"%argument{index}" for index in range(len(call.operands))]
     arguments = ", ".join(f"{name}: {operand}" for name, operand in zip(names, call.operands, strict=True))
     operands = ", ".join(map(str, call.operands))
@@ -37,13 +37,6 @@ def module_of(call, target=TARGET):
         f"  %y = util.call @{call.symbol}({', '.join(names)}) : ({operands}) -> {call.results[0]}\n"
         f"  util.return %y : {call.results[0]}\n}}"
     )
-
-
-def load(text, target):
-    """The module, compiled."""
-    binary = compile_str(text, input_type="none", extra_args=target.flags)
-    config = runtime.Config("local-sync")
-    return runtime.load_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, binary), config)
 
 
 @pytest.mark.parametrize("weight_format", ["q4_0", "q4_1", "q8_0", "q6_k"])
@@ -66,7 +59,10 @@ def test_compiled_module_multiplies(objects, weight_format, monkeypatch):
     text = module_of(call)
     with ir.Context(), ir.Location.unknown():
         ir.Module.parse(text).operation.verify()
-    module = load(text, TARGET)
+    binary = compile_str(text, input_type="none", extra_args=TARGET.flags)
+    config = runtime.Config("local-sync")
+    instance = runtime.VmModule.copy_buffer(config.vm_instance, binary)
+    module = runtime.load_vm_module(instance, config)
 
     weights = dequantize(weight_format, [torch.from_numpy(plane) for plane in planes.values()]).double().numpy()
     for seq in (1, 5):
@@ -81,21 +77,3 @@ def test_only_tiles_are_accepted():
     planes = {name: np.zeros(shape, np.float16) for name, shape in FORMATS["q4_0"].plane_shapes(32, 64).items()}
     assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1), TARGET)
     assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1, layout="planes"), TARGET)
-
-
-def test_module_for_a_generic_cpu_gives_what_one_for_this_cpu_gives():
-    columns, depth = 41, 512
-    rng = np.random.default_rng(1)
-    shapes = FORMATS["q4_0"].plane_shapes(columns, depth)
-    planes = {
-        "d": rng.standard_normal(shapes["d"]).astype(np.float16),
-        "qs": rng.integers(0, 256, shapes["qs"], np.uint8),
-    }
-    tiles = pack_tile16("q4_0", planes)
-    call = matmul_call("q4_0", tiles, columns, depth, 5)
-    x = rng.standard_normal((2, 5, depth)).astype(np.float32)
-    results = []
-    for target in (TARGET, resolve_target("llvm-cpu:generic")):
-        module = load(module_of(call, target), target)
-        results.append(module.main(x, tiles["d"], tiles["qs"].view(np.int8)).to_host())
-    np.testing.assert_array_equal(*results)
