@@ -77,11 +77,12 @@ INLINE int32_t reduce_max_i32(i32x16 x) {
 }
 
 INLINE int32_t reduce_add_i32(i32x16 x) {
-  x += UPPER_8(x);
-  x += UPPER_4(x);
-  x += UPPER_2(x);
-  x += UPPER_1(x);
-  return x[0];
+  u32x16 sum = (u32x16)x;  // which may wrap around
+  sum += UPPER_8(sum);
+  sum += UPPER_4(sum);
+  sum += UPPER_2(sum);
+  sum += UPPER_1(sum);
+  return (int32_t)sum[0];
 }
 
 INLINE float reduce_max_f32(f32x16 x) {
