@@ -5,13 +5,12 @@ from __future__ import annotations
 from importlib.resources import files
 from string import Template
 
-from llmir_iree.plugins.kernels.build import choose_variant
 from llmir_iree.plugins.kernels.executables import (
     Buffer,
     Kernel,
     executable,
+    find_variants,
     read_executable_target,
-    read_processor,
 )
 from llmir_iree.plugins.kernels.objects import find_object
 from llmir_iree.plugins.lowering import Target
@@ -49,11 +48,12 @@ def peaks_module(target: Target) -> str | None:
         CompileError: the kernels are not compiled, and cannot be.
     """
     executable_target = read_executable_target(target.flags)
-    variant = choose_variant(*read_processor(executable_target))
-    if variant is None:
+    variants = find_variants(executable_target)
+    if not variants:
         return None
     executables = [
-        executable(kernel, executable_target, find_object(variant, kernel.object)) for kernel in (_READ, _MULTIPLY)
+        executable(kernel, executable_target, {variant: find_object(variant, kernel.object) for variant in variants})
+        for kernel in (_READ, _MULTIPLY)
     ]
     text = (files(__package__) / "machine_peaks.mlir").read_text(encoding="utf-8")
     functions = Template(text).substitute(read=_READ.entry, multiply=_MULTIPLY.entry)

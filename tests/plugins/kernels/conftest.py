@@ -33,7 +33,10 @@ _EMULATOR = {"aarch64": "qemu-aarch64"}
 _DRIVER = Path(__file__).parent / "driver.c"
 _LANES = Path(__file__).parent / "lanes.c"
 _FAULTY = Path(__file__).parent / "faulty.c"
-_GCC_FLAGS = ("-std=gnu17", "-O1", "-g1", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+_GCC_FLAGS = (
+    *("-std=gnu17", "-O1", "-g1", "-fno-math-errno", "-Wno-psabi"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
 _GCC_PROCESSOR = {
     "x86_64-avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
     "x86_64-avx2": ("-march=x86-64-v3",),

@@ -1,7 +1,5 @@
 """Kernels inside compiled modules: through the definition, iree-compile and the runtime."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -28,12 +26,12 @@ def matmul_call(weight_format, tiles, columns, depth, seq, layout="tile16"):
     return LlmirCall("quantized_matmul", (TensorType((2, seq, depth), "f32"), *types_of(tiles)), (y,), constants)
 
 
-def module_of(call, target=TARGET):
+def module_of(call):
     """A module whose function `main` takes x and the planes of one call."""
-    return wrap([(call, quantized_matmul, range(len(call.operands)))], call.operands, call.results, target)
+    return wrap([(call, quantized_matmul, range(len(call.operands)))], call.operands, call.results)
 
 
-def wrap(steps, inputs, outputs, target=TARGET):
+def wrap(steps, inputs, outputs):
     """A module whose function `main` makes calls one after the other.
 
     Each step is a call, its definition, and where its operands stand among the inputs and all results so far; the last
@@ -43,7 +41,7 @@ def wrap(steps, inputs, outputs, target=TARGET):
     values = [f"%input{index}" for index in range(len(inputs))]
     arguments = ", ".join(f"{name}: {kind}" for name, kind in zip(values, inputs, strict=True))
     for call, define, operands in steps:
-        functions |= define(call, target)
+        functions |= define(call, TARGET)
         results = [f"%value{len(values) + index}" for index in range(len(call.results))]
         lines.append(
             f"  {', '.join(results)} = util.call @{call.symbol}({', '.join(values[index] for index in operands)}) : "
@@ -80,11 +78,11 @@ def types_of(tiles):
     return tuple(TensorType(plane.shape, "f16" if plane.dtype == np.float16 else "i8") for plane in tiles.values())
 
 
-def compile_for(target, text):
+def compile_and_load(text):
     """The module, compiled and loaded."""
     with ir.Context(), ir.Location.unknown():
         ir.Module.parse(text).operation.verify()
-    binary = compile_str(text, input_type="none", extra_args=target.flags)
+    binary = compile_str(text, input_type="none", extra_args=TARGET.flags)
     config = runtime.Config("local-sync")
     return runtime.load_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, binary), config)
 
@@ -94,7 +92,7 @@ def load(objects, monkeypatch):
     """Compile a module with one instruction set's kernels, which `wrap` finds while it runs, and load it."""
     monkeypatch.setattr(objects_module, "PACKAGED", objects.parent)
     monkeypatch.setattr(definitions, "find_variants", lambda _: [build.VARIANTS[objects.name]])
-    return partial(compile_for, TARGET)
+    return compile_and_load
 
 
 def relative_error(y, x, weights):
@@ -195,21 +193,3 @@ def test_only_tiles_are_accepted():
     planes = {name: np.zeros(shape, np.float16) for name, shape in FORMATS["q4_0"].plane_shapes(32, 64).items()}
     assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1), TARGET)
     assert not accepts_quantized_matmul(matmul_call("q4_0", planes, 32, 64, 1, layout="planes"), TARGET)
-
-
-def test_module_for_a_generic_cpu_gives_what_one_for_this_cpu_gives():
-    columns, depth = 41, 512
-    rng = np.random.default_rng(1)
-    shapes = FORMATS["q4_0"].plane_shapes(columns, depth)
-    planes = {
-        "d": rng.standard_normal(shapes["d"]).astype(np.float16),
-        "qs": rng.integers(0, 256, shapes["qs"], np.uint8),
-    }
-    tiles = pack_tile16("q4_0", planes)
-    call = matmul_call("q4_0", tiles, columns, depth, 5)
-    x = rng.standard_normal((2, 5, depth)).astype(np.float32)
-    results = []
-    for target in (TARGET, resolve_target("llvm-cpu:generic")):
-        module = compile_for(target, module_of(call, target))
-        results.append(module.main(x, tiles["d"], tiles["qs"].view(np.int8)).to_host())
-    np.testing.assert_array_equal(*results)

@@ -23,6 +23,14 @@ def test_dot_products_of_bytes_are_exact(kernels, function, most):
     dot(kernels, function, a, b)
 
 
+def test_sums_of_bytes_are_exact(kernels):
+    a = np.random.default_rng(0).choice(np.uint8([0, 1, 127, 128, 255]), (200, 16, 4))
+    sums = np.arange(len(a) * 16, dtype=np.int32).reshape(-1, 16) - 50
+    expected = sums + a.sum(-1, dtype=np.int32)
+    kernels.dispatch("lanes_add_4u8", (sums, a), [()], lambda _: (len(a),))
+    np.testing.assert_array_equal(sums, expected)
+
+
 def test_every_half_is_widened_exactly(kernels):
     halves = np.arange(2**16, dtype=np.uint16)
     wide, wide_by_one = np.zeros((2, 2**16), np.float32)
