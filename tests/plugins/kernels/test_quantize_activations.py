@@ -51,7 +51,7 @@ def test_extreme_magnitudes(kernels, size, terms):
 
 
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("value", [0.0, 1.0, -3e38, 1e-42])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3e38, 1e-30])
 def test_a_constant_group_is_exact(kernels, value, terms):
     x = np.full((2, 64), value, np.float32)
     packed = kernels.quantize(x, terms)
