@@ -9,14 +9,17 @@
 
 enum { GROUP = 32, BLOCK_ROWS = 32, MAX_TERMS = 2 };
 
+// With the smallest zero point there is, dot products start from it as it is; the others are multiples.
+enum { CODE_SUM_FACTOR = -8 };
+
 // A term of 32 activations of one row. With one term x[i] = scale * codes[i] + offset, rounded; a second one holds what
 // the rounding left, and has no offset.
 typedef struct {
   int8_t codes[GROUP];  // -127 to 127
   float scale;
   float offset;
-  int32_t code_sum;      // of all: the partner of a format's zero point or minimum
-  int32_t low_code_sum;  // of the first 16
+  int32_t start;      // CODE_SUM_FACTOR * the sum of the codes: the partner of a format's zero point or minimum
+  int32_t low_start;  // the same of the first 16
 } activation_group;
 
 _Static_assert(sizeof(activation_group) == 48, "the layout is shared with the caller, who allocates it");

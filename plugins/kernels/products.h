@@ -29,16 +29,17 @@ typedef f32x16 tile_sums[BLOCK_ROWS][2];
 
 // The dot product of one half before its first step: what the zero point takes from every activation.
 INLINE i32x16 start_dot(const format f, const activation_group* x, int half) {
-  i32x16 sum = splat_i32(halves(f) == 2 ? x->low_code_sum : x->code_sum);
-  if (half == 1) sum = splat_i32(x->code_sum) - sum;
-  return zero_point(f) ? -(sum * zero_point(f)) : (i32x16){0};
+  if (!zero_point(f)) return splat_i32(0);
+  i32x16 start = splat_i32(halves(f) == 2 ? x->low_start : x->start);
+  if (half == 1) start = splat_i32(x->start) - start;
+  return start * (zero_point(f) / -CODE_SUM_FACTOR);
 }
 
 INLINE f32x16 add_product(const format f, const weight_group* w, const activation_group* x, const int term,
                           const i32x16* dot, f32x16 sum) {
   f32x16 product = w->scale[0] * f32_from_i32(dot[0]);
   if (halves(f) == 2) product += w->scale[1] * f32_from_i32(dot[1]);
-  if (has_minimum(f)) product += w->minimum * f32_from_i32(splat_i32(x->code_sum));
+  if (has_minimum(f)) product += w->minimum * f32_from_i32(splat_i32(x->start));
   sum += product * x->scale;
   return term == 0 ? sum + w->sum * x->offset : sum;
 }

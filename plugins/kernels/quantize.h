@@ -42,8 +42,8 @@ INLINE values32 quantize_term(values32 x, const int has_offset, activation_group
   *(i8x16_memory*)(out->codes + LANES) = __builtin_convertvector(high_codes, i8x16);
   out->scale = scale;
   out->offset = offset;
-  out->code_sum = reduce_add_i32(low_codes + high_codes);
-  out->low_code_sum = reduce_add_i32(low_codes);
+  out->start = CODE_SUM_FACTOR * reduce_add_i32(low_codes + high_codes);
+  out->low_start = CODE_SUM_FACTOR * reduce_add_i32(low_codes);
   f32x16 low_rounded = low_shifted - to_integer, high_rounded = high_shifted - to_integer;
   return (values32){x.low - scale * low_rounded, x.high - scale * high_rounded};
 }

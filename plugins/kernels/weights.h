@@ -26,8 +26,8 @@ typedef struct {
   u8x64 byte_sum;       // of the codes of some steps
   i32x16 code_sums[2];  // of a half, less its zero points
   f32x16 scale[2];
-  f32x16 minimum;
-  f32x16 sum;  // of the weights
+  f32x16 minimum;  // / CODE_SUM_FACTOR
+  f32x16 sum;      // of the weights
 } weight_group;
 
 INLINE int zero_point(const format f) { return f == Q4_0 ? 8 : f == Q8_0 ? 128 : f == Q6_K ? 32 : 0; }
@@ -104,7 +104,10 @@ INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, 
   }
   out->sum = out->scale[0] * f32_from_i32(out->code_sums[0]);
   if (halves(f) == 2) out->sum += out->scale[1] * f32_from_i32(out->code_sums[1]);
-  if (has_minimum(f)) out->sum += out->minimum * (float)GROUP;
+  if (has_minimum(f)) {
+    out->sum += out->minimum * (float)GROUP;
+    out->minimum *= 1.0f / CODE_SUM_FACTOR;
+  }
 }
 
 // Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.

@@ -59,7 +59,7 @@ _RECORD = np.dtype(
     [
         ("codes", np.int8, GROUP),
         *((name, np.float32) for name in ("scale", "offset")),
-        *((name, np.int32) for name in ("code_sum", "low_code_sum")),
+        *((name, np.int32) for name in ("start", "low_start")),
     ]
 )
 

@@ -23,8 +23,8 @@ def check(packed, x, terms):
     assert (np.abs(dequantize_activations(packed, rows, columns, terms) - x) <= rounding_bound(x, terms)).all()
     records = read_records(packed, rows, columns, terms)
     codes = records["codes"].astype(np.int32)
-    np.testing.assert_array_equal(records["code_sum"], codes.sum(-1))
-    np.testing.assert_array_equal(records["low_code_sum"], codes[..., :16].sum(-1))
+    np.testing.assert_array_equal(records["start"], -8 * codes.sum(-1))
+    np.testing.assert_array_equal(records["low_start"], -8 * codes[..., :16].sum(-1))
     assert not records["offset"][:, :, 1:].any()
 
 
