@@ -11,14 +11,14 @@ INLINE void multiply(const format f, const matmul* m, activation_group* out, siz
   for (size_t row = 0; row < m->rows; row += BLOCK_ROWS) {
     size_t rows = min_size(BLOCK_ROWS, m->rows - row);
     for (size_t group = first; group < end; ++group) {
-      tile_sums gates, ups;
-      size_t gate = 2 * group, up = 2 * (groups + group), last = 4 * groups - 1;
-      multiply_block(f, m, gate, last, up, row, gates);
-      multiply_block(f, m, up, last, gate + 2, row, ups);
+      tile_sums sums[2];  // of gates, and of what they gate
+      const size_t tile[3] = {2 * group, 2 * (groups + group), 2 * group + 2};
+      for (int part = 0; part < 2; ++part)
+        multiply_block(f, m, tile[part], 4 * groups - 1, tile[part + 1], row, sums[part]);
       size_t stride;
       activation_group* records = out + activation_index(m->rows, groups, row, &stride) + group * stride;
       for (size_t r = 0; r < rows; ++r) {
-        values32 gated = {silu(gates[r][0]) * ups[r][0], silu(gates[r][1]) * ups[r][1]};
+        values32 gated = {silu(sums[0][r][0]) * sums[1][r][0], silu(sums[0][r][1]) * sums[1][r][1]};
         quantize_group(gated, rest_distance(m->rows, groups), records + r);
       }
     }

@@ -5,8 +5,9 @@
 // multiplied with bytes, and the rest is a few operations for each row and group. Second records of a group add in the
 // same way, and are few.
 //
-// A few records meet each step of the weights as it is unpacked, and hide behind the weights' way from memory. For more,
-// a group of two tiles is unpacked into 16 registers, which then serve up to 32 rows; sums wait in the first cache.
+// A few records meet each step of the weights as it is unpacked, and hide behind the weights' way from memory. For
+// more, a group of two tiles is unpacked into 16 registers, which then serve up to 32 rows; sums wait in the first
+// cache.
 #pragma once
 
 #include "weights.h"
@@ -15,7 +16,7 @@
 #if defined(__AVX512F__)
 enum { MAX_TILES = 2, FEW = 8, MANY_RECORDS = 2 };
 #else
-enum { MAX_TILES = 1, FEW = 2, MANY_RECORDS = 2 };
+enum { MAX_TILES = 1, FEW = 4, MANY_RECORDS = 2 };
 #endif
 
 typedef struct {
@@ -35,6 +36,7 @@ INLINE i32x16 start_dot(const format f, const activation_group* x, int half) {
   return start * (zero_point(f) / -CODE_SUM_FACTOR);
 }
 
+// The sum and what a record adds to it once its dot products are known.
 INLINE f32x16 add_product(const format f, const weight_group* w, const activation_group* x, const i32x16* dot,
                           f32x16 sum) {
   f32x16 product = w->scale[0] * f32_from_i32(dot[0]);
@@ -43,8 +45,8 @@ INLINE f32x16 add_product(const format f, const weight_group* w, const activatio
   return sum + product * x->scale + w->sum * x->offset;
 }
 
-// One group of `records` records times `tiles` tiles, whose weights are unpacked just before they are multiplied unless
-// that is done.
+// One group of `records` records times `tiles` tiles, added to their sums. Groups `index` are unpacked on the way, each
+// step just before it is multiplied, unless that is done.
 INLINE void multiply_records(const format f, const int tiles, const int records, const matmul* m, const size_t* index,
                              const int is_unpacked, weight_group* w, const activation_group* x, f32x16 (*sums)[2]) {
   const int steps = STEPS / halves(f);

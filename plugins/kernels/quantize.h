@@ -41,7 +41,7 @@ INLINE values32 quantize_term(values32 x, const int has_offset, activation_group
   // Stage 2: round to nearest, ties to even. After adding 1.5 * 2^23 the integer stands in the low bits.
   const float to_integer = 0x1.8p23f;
   f32x16 low_shifted = x.low * inverse + to_integer, high_shifted = x.high * inverse + to_integer;
-  i32x16 low_codes = (i32x16)low_shifted - 0x4b400000, high_codes = (i32x16)high_shifted - 0x4b400000;
+  i32x16 low_codes = (i32x16)((u32x16)low_shifted << 24) >> 24, high_codes = (i32x16)((u32x16)high_shifted << 24) >> 24;
 
   // Stage 3: store.
   *(i8x16_memory*)out->codes = __builtin_convertvector(low_codes, i8x16);

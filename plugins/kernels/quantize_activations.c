@@ -82,8 +82,8 @@ KERNEL void llmir_add_norm_quantize(const float* restrict x, size_t x_offset, co
   size_t first = workgroup * rows_per_workgroup, end = min_size(rows, first + rows_per_workgroup);
   for (size_t row = first; row < end; ++row) {
     float* values = sum + sum_offset + row * columns;
-    float factor = inverse_rms(x + x_offset + row * columns, residual + residual_offset + row * columns, values, columns,
-                               epsilon);
+    const float *of_x = x + x_offset + row * columns, *of_residual = residual + residual_offset + row * columns;
+    float factor = inverse_rms(of_x, of_residual, values, columns, epsilon);
     quantize_row(values, factor, weight + weight_offset, &to, row);
   }
 }

@@ -6,8 +6,8 @@
 #include "activations.h"
 #include "lanes.h"
 
-enum { STEPS = 8 };             // of 4 weights each in a group
-enum { PREFETCH_GROUPS = 48 };  // how far ahead
+enum { STEPS = 8 };                  // of 4 weights each in a group
+enum { PREFETCH_BYTES = 12 << 10 };  // of codes: how far ahead, well within the first cache
 
 typedef enum { Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K } format;
 
@@ -32,6 +32,7 @@ typedef struct {
 
 INLINE int zero_point(const format f) { return f == Q4_0 ? 8 : f == Q8_0 ? 128 : f == Q6_K ? 32 : 0; }
 INLINE int has_minimum(const format f) { return f == Q4_1 || f == Q4_K || f == Q5_K; }
+INLINE size_t groups_of_block(const format f) { return f == Q4_K || f == Q5_K || f == Q6_K ? 8 : 1; }
 INLINE int halves(const format f) { return f == Q6_K ? 2 : 1; }  // that have a scale of their own
 
 // Bytes of a group.
@@ -89,8 +90,7 @@ INLINE void unpack_six_bit_scales(const uint8_t* scales, size_t g, f32x16 d, f32
 
 // What is left to know once all steps are unpacked.
 INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, weight_group* out) {
-  const int is_k_quant = f == Q4_K || f == Q5_K || f == Q6_K;
-  size_t block = is_k_quant ? index / 8 : index;
+  size_t block = index / groups_of_block(f);
   f32x16 d = load_f16(p->d + block * LANES);
   if (f == Q4_K || f == Q5_K) {
     unpack_six_bit_scales(p->scales + block * 12 * LANES, index % 8, d, load_f16(p->m + block * LANES), out);
@@ -113,20 +113,16 @@ INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, 
 // Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.
 // Where the tile ends, tile `next` follows.
 INLINE void prefetch(const format f, const weight_planes* p, size_t tile, size_t next, size_t groups, size_t g) {
-  size_t ahead = g + PREFETCH_GROUPS;
+  size_t ahead = g + PREFETCH_BYTES / code_bytes(f);
   size_t index = (ahead < groups ? tile : next - 1) * groups + ahead;
   UNROLL for (size_t line = 0; line < code_bytes(f); line += 64)
       __builtin_prefetch(p->codes + index * code_bytes(f) + line);
   UNROLL for (size_t line = 0; line < high_bytes(f); line += 64)
       __builtin_prefetch(p->high + index * high_bytes(f) + line);
-  if (f == Q6_K) {
-    __builtin_prefetch(p->scales + index * 2 * LANES);
-  } else if (f == Q4_K || f == Q5_K) {
-    __builtin_prefetch(p->scales + index * 24);
-  } else {
-    __builtin_prefetch(p->d + index * LANES);
-    if (f == Q4_1) __builtin_prefetch(p->m + index * LANES);
-  }
+  if (f == Q6_K) __builtin_prefetch(p->scales + index * 2 * LANES);
+  if (f == Q4_K || f == Q5_K) __builtin_prefetch(p->scales + index * 24);
+  __builtin_prefetch(p->d + index / groups_of_block(f) * LANES);
+  if (has_minimum(f)) __builtin_prefetch(p->m + index / groups_of_block(f) * LANES);
 }
 
 // The planes of a kernel's matrix as its arguments, and as they are read.
