@@ -78,7 +78,9 @@ def test_outliers(kernels, weight_format, rows):
     y = kernels.matmul(weight_format, pack_tile16(weight_format, planes), x, 41)
     rounded = dequantize_activations(kernels.quantize(x), *x.shape)
     assert np.abs(rounded - x).max() < 1e4 / 254**2
-    assert (np.abs(y - rounded @ weights.T) <= ROUNDING * np.abs(rounded) @ np.abs(weights).T).all()
+    # Sums are as large on the way as the largest of a group makes them.
+    largest = np.repeat(np.abs(x.reshape(rows, -1, 32)).max(-1), 32, axis=-1)
+    assert (np.abs(y - rounded @ weights.T) <= ROUNDING / 10 * largest @ np.abs(weights).T).all()
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e20, 1e36])
