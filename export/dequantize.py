@@ -133,7 +133,8 @@ def _nibbles(qs: Tensor) -> Tensor:
 def _high_bits(qh: Tensor, bits: int) -> Tensor:
     """The codes that bytes share, the lowest bits first: uint8 [..., n] -> int32 [..., 8 / bits, n]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.int32)[:, None]
-    return torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], shifts) & (2**bits - 1)
+    high: Tensor = torch.bitwise_right_shift(qh.to(torch.int32)[..., None, :], shifts) & (2**bits - 1)
+    return high
 
 
 def _k_scales(d: Tensor, dmin: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -195,6 +195,7 @@ def _describe(
                 sha256=archive.sha256,
                 layouts={name: LayoutInfo(**asdict(layout_of(name))) for name in formats},
                 formats=formats,
+                merged={weight.name: weight.sibling_names for weight in archive.merged},
                 decode_bytes=sum(weight.nbytes for weight in plan if weight.spec.kind != "embedding"),
             ),
             "portable": {

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llmir_iree.params.errors import BundleError
 from llmir_iree.params.layouts import LAYOUTS
+from llmir_iree.params.siblings import merged_name
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 PARAMETERS_NAME = "params.irpa"
 PARAMETER_SCOPE = "model"
 TOKENIZER_FOLDER = "tokenizer"
@@ -117,14 +119,29 @@ class LayoutInfo(_Record):
 
 
 class ParametersInfo(_Record):
-    """The parameter archive: how many matrices it holds of each format, and the layout of each format."""
+    """The parameter archive: how many matrices it holds of each format, and the layout of each format.
+
+    `merged` names the weights that span others, and those, in order: see `llmir_iree.params.siblings`.
+    """
 
     file: str
     nbytes: int = Field(gt=0)
     sha256: str
     layouts: dict[str, LayoutInfo]
     formats: dict[str, int]
+    merged: dict[str, tuple[str, ...]] = {}
     decode_bytes: int = Field(gt=0, description="bytes of weights that one decode step reads")
+
+    @model_validator(mode="after")
+    def _check_merged(self) -> ParametersInfo:
+        for name, siblings in self.merged.items():
+            if merged_name(siblings) != name:
+                raise ValueError(f"{list(siblings)} do not merge into {name}")
+        counts = Counter(name for siblings in self.merged.values() for name in siblings)
+        for name, count in counts.items():
+            if count > 1:
+                raise ValueError(f"{name} is merged {count} times")
+        return self
 
 
 class FileInfo(_Record):
@@ -159,7 +176,7 @@ class TargetInfo(_Record):
 class Manifest(_Record):
     """Everything that is known about a bundle."""
 
-    version: Literal[2]
+    version: Literal[3]
     generator: str
     source: str
     model: ModelInfo

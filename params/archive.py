@@ -1,7 +1,8 @@
 """The parameter archive: one IRPA file that IREE maps into memory and uses in place.
 
 IREE writes the file's skeleton, its table of entries and zeros for their contents; the contents are then written over
-the zeros a few rows at a time. So the format stays IREE's business, and no tensor is ever whole in memory.
+the zeros a few rows at a time. So the format stays IREE's business, and no tensor is ever whole in memory. Siblings lie
+back to back, so that entries of merged weights can span them (`siblings`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -22,12 +24,11 @@ import numpy.typing as npt
 from llmir_iree.params.checkpoint import Checkpoint
 from llmir_iree.params.errors import BundleError, LlmirError, ParameterError
 from llmir_iree.params.formats import split_planes
-from llmir_iree.params.layouts import TILE16, TILE_ROWS, layout_of, pack_tile16
+from llmir_iree.params.irpa import set_spans
+from llmir_iree.params.layouts import ALIGNMENT, TILE16, TILE_ROWS, layout_of, pack_tile16
 from llmir_iree.params.plan import PlannedWeight
 from llmir_iree.params.quantize import PLAIN_ENCODINGS, dequantize, quantize
-
-ALIGNMENT = 64
-"""Bytes to which every entry is aligned in the file; less would make IREE copy instead of map."""
+from llmir_iree.params.siblings import MergedWeight, merge_siblings
 
 _CHUNK_VALUES = 4 << 20  # values converted at a time: 16 MiB as float32, so a chunk and its by-products stay small
 
@@ -46,11 +47,12 @@ class ArchiveEntry:
 
 @dataclass(frozen=True)
 class ArchiveInfo:
-    """A written archive: size and SHA-256 of the file, and its entries by key."""
+    """A written archive: size and SHA-256 of the file, its entries by key, and the merged weights among them."""
 
     nbytes: int
     sha256: str
     entries: Mapping[str, ArchiveEntry]
+    merged: tuple[MergedWeight, ...]
 
 
 def write_archive(
@@ -77,9 +79,10 @@ def write_archive(
         raise LlmirError(f"{path}: there are no weights to write")
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    merged = merge_siblings(plan)
     try:
         with _removed_unless_renamed(partial):
-            entries = _create_skeleton(plan, partial)
+            entries = _create_skeleton(plan, merged, partial)
             with partial.open("r+b") as file:
                 for weight in plan:
                     _write_weight(checkpoint, weight, file, entries, progress)
@@ -89,7 +92,7 @@ def write_archive(
             partial.replace(path)
     except OSError as error:
         raise LlmirError(f"cannot write {path}: {error.strerror or error}") from error
-    return ArchiveInfo(nbytes, digest, entries)
+    return ArchiveInfo(nbytes, digest, entries, merged)
 
 
 def read_archive_index(path: Path) -> Mapping[str, ArchiveEntry]:
@@ -130,15 +133,46 @@ def _removed_unless_renamed(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _create_skeleton(plan: Sequence[PlannedWeight], path: Path) -> Mapping[str, ArchiveEntry]:
-    """Let IREE write an archive of zeros with the plan's entries, and return where they are; OSError if it cannot."""
+def _create_skeleton(
+    plan: Sequence[PlannedWeight], merged: Sequence[MergedWeight], path: Path
+) -> Mapping[str, ArchiveEntry]:
+    """Write an archive of zeros with the entries of the plan and of merged weights, and return where they are.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    spans = {key: keys for weight in merged for key, keys in weight.spans.items()}
+    _create_zeros({**_entry_sizes(plan, merged), **dict.fromkeys(spans, 0)}, path)
+    entries = read_archive_index(path)
+    with path.open("r+b") as file:
+        set_spans(file, {key: _span([entries[sibling] for sibling in keys]) for key, keys in spans.items()})
+    return read_archive_index(path)
+
+
+def _entry_sizes(plan: Sequence[PlannedWeight], merged: Sequence[MergedWeight]) -> dict[str, int]:
+    """Bytes of the entries in the order of the file: the plan's, but siblings together, the same plane of each."""
+    sizes = {key: nbytes for weight in plan for key, nbytes in weight.entry_bytes.items()}
+    together = {name: weight for weight in merged for name in weight.sibling_names}
+    ordered: dict[str, int] = {}
+    for weight in plan:
+        group = together.get(weight.spec.name)
+        keys = weight.entry_bytes if group is None else chain.from_iterable(group.spans.values())
+        ordered |= {key: sizes[key] for key in keys}
+    return ordered
+
+
+def _span(entries: Sequence[ArchiveEntry]) -> tuple[int, int]:
+    """Offset and bytes of entries that lie back to back."""
+    for entry, following in pairwise(entries):
+        if following.offset != entry.offset + entry.nbytes:
+            raise LlmirError(f"IREE put an entry at byte {following.offset}, not behind the one at {entry.offset}")
+    return entries[0].offset, sum(entry.nbytes for entry in entries)
+
+
+def _create_zeros(sizes: Mapping[str, int], path: Path) -> None:
+    """Let IREE write an archive of entries of zeros, in this order; OSError if it cannot."""
     from iree.runtime import ParameterIndex
 
-    sizes = {
-        key: dtype.itemsize * int(np.prod(shape, dtype=object))
-        for weight in plan
-        for key, (dtype, shape) in weight.planes.items()
-    }
     _reserve(path, sum(sizes.values()))
     # Every entry's contents are a slice of one private mapping that nobody writes to: the kernel backs all of it with
     # its page of zeros, so the zeros of a 100 GB archive take no memory either.
@@ -152,7 +186,6 @@ def _create_skeleton(plan: Sequence[PlannedWeight], path: Path) -> Mapping[str, 
             reason = str(error).strip().splitlines()[0].split(";")[-1].strip()
             raise OSError(reason) from error
         del index
-    return read_archive_index(path)
 
 
 def _reserve(path: Path, nbytes: int) -> None:

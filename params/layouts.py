@@ -36,6 +36,8 @@ from llmir_iree.params.formats import FORMATS
 
 TILE_ROWS = 16
 GROUP = 32
+ALIGNMENT = 64
+"""Bytes to which every plane is aligned in the file; less would make IREE copy instead of map."""
 
 Array = npt.NDArray[Any]
 Planes = dict[str, Array]

@@ -88,9 +88,14 @@ class PlannedWeight:
         return {f"{self.spec.name}.{p.name}": (p.dtype, shapes[p.name]) for p in self.weight_format.planes}
 
     @property
+    def entry_bytes(self) -> dict[str, int]:
+        """Bytes of every archive entry of this weight by its key, rows that fill a tile included."""
+        return {key: dtype.itemsize * math.prod(shape) for key, (dtype, shape) in self.planes.items()}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that the archive holds of it, rows that fill a tile included."""
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.planes.values())
+        """Bytes that the archive holds of it."""
+        return sum(self.entry_bytes.values())
 
 
 def plan_weights(checkpoint: Checkpoint, specs: Iterable[WeightSpec], quant: str = "keep") -> tuple[PlannedWeight, ...]:

@@ -124,7 +124,7 @@ def write_bundle(folder: Path) -> Tiny:
         ]
     archive = folder / "params.irpa"
     manifest = b.Manifest(
-        version=2,
+        version=3,
         generator="test",
         source="by hand",
         model=b.ModelInfo(

@@ -32,6 +32,12 @@ def test_export_then_compile_again(tiny_checkpoint: Callable[..., Path], tmp_pat
     manifest = json.loads(exported.stdout)
     assert manifest["targets"] == {}
     assert manifest["parameters"]["formats"] == {"f32": 1, "q8_0": 8}
+    assert manifest["parameters"]["merged"] == {
+        f"model.layers.0.{parent}.{'+'.join(modules)}.weight": [
+            f"model.layers.0.{parent}.{module}.weight" for module in modules
+        ]
+        for parent, modules in {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}.items()
+    }
     assert "f32 -> q8_0: 8 tensors" in exported.stderr
     assert "no tokenizer in the bundle" in exported.stderr
 
