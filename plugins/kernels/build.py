@@ -1,4 +1,4 @@
-"""Compiles the kernels: to freestanding objects for every instruction set, and to what tests load or run.
+"""Compiles the kernels: to freestanding objects for every instruction set, and to programs that tests run.
 
 The compiler is the clang inside the `ziglang` package, which brings every target along; it is needed to build the
 wheel, not to use it.
@@ -116,17 +116,6 @@ def build_program(target: Path, variant: Variant, inputs: Sequence[Path], flags:
         KernelBuildError: the compiler fails.
     """
     _compile(variant, "linux-none", inputs, target, ("-static", "-nostdlib", *_FREESTANDING_FLAGS, *flags))
-    return target
-
-
-def build_library(target: Path, variant: Variant) -> Path:
-    """Compile all kernels into one shared library for this machine's system, to be loaded by tests.
-
-    Raises:
-        KernelBuildError: the compiler fails.
-    """
-    flags = ("-shared", "-fPIC", "-fno-sanitize=all", "-fvisibility=hidden", "-DLLMIR_SHARED_LIBRARY")
-    _compile(variant, "linux-gnu", sources(), target, flags)
     return target
 
 

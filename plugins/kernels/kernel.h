@@ -8,16 +8,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef LLMIR_SHARED_LIBRARY  // the native build that tests load
-#define KERNEL __attribute__((visibility("default")))
-#else
 #define KERNEL __attribute__((visibility("hidden")))
-#endif
-
 #define INLINE static inline __attribute__((always_inline))
 
-// Loops over registers must vanish: an index into registers that is not a constant puts them on the stack.
-#if defined(__clang__)
+// Loops over registers must vanish: an index into registers that is not a constant puts them on the stack. Not so with
+// sanitizers, whose checks would be unrolled, too, and take minutes to compile.
+#if defined(__SANITIZE_ADDRESS__)
+#define UNROLL
+#elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 32")

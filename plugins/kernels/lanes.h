@@ -77,11 +77,12 @@ INLINE int32_t reduce_max_i32(i32x16 x) {
 }
 
 INLINE int32_t reduce_add_i32(i32x16 x) {
-  x += UPPER_8(x);
-  x += UPPER_4(x);
-  x += UPPER_2(x);
-  x += UPPER_1(x);
-  return x[0];
+  u32x16 sum = (u32x16)x;  // which may wrap around
+  sum += UPPER_8(sum);
+  sum += UPPER_4(sum);
+  sum += UPPER_2(sum);
+  sum += UPPER_1(sum);
+  return (int32_t)sum[0];
 }
 
 INLINE float reduce_max_f32(f32x16 x) {
@@ -231,6 +232,7 @@ typedef union {
   uint8x16_t u8_part[PARTS];
   int8x16_t i8_part[PARTS];
   int32x4_t i32_part[PARTS];
+  uint32x4_t u32_part[PARTS];
 } parts;
 
 // sum + a[0] b[0] + a[1] b[1] + a[2] b[2] + a[3] b[3] in every lane, exactly.
@@ -285,6 +287,23 @@ INLINE i32x16 dot_u7_i8(i32x16 sum, u8x64 a, i8x64 b) {
   return sum + out.i32;
 #else
   return dot_u8_i8(sum, a, b);
+#endif
+}
+
+// sum + a[0] + a[1] + a[2] + a[3] in every lane.
+INLINE i32x16 add_4u8(i32x16 sum, u8x64 a) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  parts as = {.u8 = a}, out = {.i32 = sum};
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    out.u32_part[i] = vdotq_u32(out.u32_part[i], as.u8_part[i], vdupq_n_u8(1));
+  return out.i32;
+#elif defined(__AVX2__) && !defined(__AVX512VNNI__)
+  parts as = {.u8 = a}, out;
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    out.part[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(as.part[i], _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
+  return sum + out.i32;
+#else
+  return dot_u8_i8(sum, a, (i8x64)splat_u8(1));
 #endif
 }
 

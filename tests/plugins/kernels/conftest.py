@@ -1,12 +1,11 @@
-"""The native builds of the kernels, behind numpy calls, and what their results stand for."""
+"""The kernels behind numpy calls, in programs of their own: for this machine, for others, and with sanitizers."""
 
-import ctypes
-import mmap
 import os
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,22 @@ from llmir_iree.plugins.kernels import build
 
 GROUP, RECORD_BYTES = 32, 48
 
-# The instruction sets that this machine runs, by a flag of /proc/cpuinfo.
-_NEEDS = {"x86_64-avx512vnni": "avx512_vnni", "x86_64-avx2": "avx2", "x86_64-generic": "sse2"}
+# What /proc/cpuinfo says of a processor that runs an instruction set.
+_NEEDS = {
+    "x86_64-avx512vnni": "avx512_vnni",
+    "x86_64-avx2": "avx2",
+    "x86_64-generic": "sse2",
+    "aarch64-i8mm": "i8mm",
+    "aarch64-dotprod": "asimddp",
+    "aarch64-generic": "asimd",
+}
 _FLAGS = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+_RUNNABLE = [name for name, need in _NEEDS.items() if need in _FLAGS]
+_EMULATOR = {"aarch64": "qemu-aarch64"}
 
 _DRIVER = Path(__file__).parent / "driver.c"
+_LANES = Path(__file__).parent / "lanes.c"
+_FAULTY = Path(__file__).parent / "faulty.c"
 _GCC_FLAGS = (
     *("-std=gnu17", "-O1", "-g1", "-fno-math-errno", "-Wno-psabi"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -30,29 +40,8 @@ _GCC_PROCESSOR = {
     "x86_64-avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
     "x86_64-avx2": ("-march=x86-64-v3",),
     "x86_64-generic": ("-march=x86-64",),
+    **dict.fromkeys(("aarch64-i8mm", "aarch64-dotprod", "aarch64-generic"), ("-mcpu=native",)),
 }
-
-_PAGE = mmap.PAGESIZE
-_NO_ACCESS = 0
-_libc = ctypes.CDLL(None)
-_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-@contextmanager
-def guarded(array):
-    """Address of a copy between two pages that may not be touched, its end at the second; it is copied back after."""
-    pages = -(-array.nbytes // _PAGE) * _PAGE
-    memory = mmap.mmap(-1, pages + 2 * _PAGE)
-    view = ctypes.c_char.from_buffer(memory)
-    start = ctypes.addressof(view)
-    address = start + _PAGE + pages - array.nbytes
-    ctypes.memmove(address, array.ctypes.data, array.nbytes)
-    for guard in (start, start + _PAGE + pages):
-        assert _libc.mprotect(guard, _PAGE, _NO_ACCESS) == 0
-    yield address
-    ctypes.memmove(array.ctypes.data, address, array.nbytes)
-    del view
-    memory.close()
 
 
 _RECORD = np.dtype(
@@ -95,37 +84,24 @@ def rounding_bound(x, terms=1):
     return np.repeat(bound, GROUP, axis=-1)
 
 
-class Library:
-    """Kernels in a shared library, which this process loads."""
-
-    def __init__(self, path):
-        self._library = ctypes.CDLL(str(path))
-
-    def call(self, name, arrays, calls):
-        """Call a kernel once for each tuple of sizes. Reading or writing outside of an array ends the process."""
-        function = getattr(self._library, name)
-        function.restype = None
-        with ExitStack() as stack:
-            buffers = []
-            for array in arrays:
-                buffers += [ctypes.c_void_p(stack.enter_context(guarded(array))), ctypes.c_size_t(0)]
-            for sizes in calls:
-                scalars = (ctypes.c_float(s) if isinstance(s, float) else ctypes.c_size_t(s) for s in sizes)
-                function(*buffers, *scalars)
-
-
 class Program:
     """Kernels in a process of their own, which driver.c serves; the requests are described there."""
 
-    def __init__(self, command, symbol=str):
+    def __init__(self, command, symbol):
         self._command = command
         self._symbol = symbol
         self._process = None
 
     def call(self, name, arrays, calls):
-        """Call a kernel once for each tuple of sizes. Reading or writing outside of an array ends the other process."""
+        """Call a kernel once for each tuple of sizes, whose floats are always the same.
+
+        Reading or writing outside of an array ends the other process.
+        """
         if self._process is None:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # In its folder, where a core that an emulator dumps is in nobody's way.
+            self._process = subprocess.Popen(
+                self._command, cwd=self._command[-1].parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
         symbol = self._symbol(name).encode()
         floats = np.array([size for size in calls[0] if isinstance(size, float)], np.float32)
         integers = np.array([[size for size in sizes if not isinstance(size, float)] for sizes in calls], np.uint64)
@@ -163,13 +139,13 @@ class Program:
 class Kernels:
     """Kernels of one build; the workgroups of a dispatch run one after the other."""
 
-    def __init__(self, build):
-        self._build = build
+    def __init__(self, program):
+        self._program = program
 
     def dispatch(self, name, arrays, workgroups, sizes):
         """Run a kernel for each workgroup: arrays are passed as pointer and offset 0, what follows by its type."""
         assert all(array.flags.c_contiguous for array in arrays)
-        self._build.call(name, arrays, [sizes(workgroup) for workgroup in workgroups])
+        self._program.call(name, arrays, [sizes(workgroup) for workgroup in workgroups])
 
     def quantize(self, x, terms=1, rows_per_workgroup=3):
         """Quantised activations of x as bytes."""
@@ -252,36 +228,6 @@ def _codes(rows, columns, terms):
     return np.full(rows * columns // GROUP * terms * RECORD_BYTES, 0xAA, np.uint8)
 
 
-def _unless(condition, reason):
-    return pytest.mark.skipif(not condition, reason=reason)
-
-
-def _native():
-    """The instruction sets of this machine's architecture."""
-    return [
-        pytest.param(("native", name), id=name, marks=_unless(need in _FLAGS, f"needs a processor with {need}"))
-        for name, need in _NEEDS.items()
-    ]
-
-
-def _sanitized():
-    """The best of this machine's; those that are left differ in no address."""
-    name = next(name for name, need in _NEEDS.items() if need in _FLAGS)
-    return [pytest.param(("sanitized", name), id=f"sanitized-{name}", marks=_unless(shutil.which("gcc"), "needs gcc"))]
-
-
-def _emulated():
-    return [
-        pytest.param(
-            ("emulated", name),
-            id=name,
-            marks=_unless(shutil.which("qemu-aarch64"), "needs qemu-aarch64, of the package qemu-user"),
-        )
-        for name, variant in build.VARIANTS.items()
-        if variant.architecture == "aarch64"
-    ]
-
-
 def _table(objects):
     """The flag that tells driver.c what it is linked with."""
     return "-DKERNELS=" + " ".join(f"KERNEL({name})" for path in objects for name in build.exported_symbols(path))
@@ -298,26 +244,64 @@ def _build_sanitized(folder, variant):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_object, build.sources()))
     subprocess.run([*command, _table(objects), _DRIVER, *objects, "-o", folder / "driver"], check=True)
-    return Program([folder / "driver"])
+    return Program([folder / "driver"], str)
 
 
-def _build_emulated(folder, variant):
+def _build(folder, variant):
+    """The driver with the objects that a wheel holds, linked as they are."""
     objects = build.build_objects(folder, variant)
     driver = build.build_program(folder / "driver", variant, [_DRIVER, *objects], [_table(objects)])
-    return Program(["qemu-aarch64", driver], variant.symbol)
+    emulator = () if variant.name in _RUNNABLE else (_EMULATOR[variant.architecture],)
+    return Program([*emulator, driver], variant.symbol)
+
+
+def _skip(is_skipped, reason):
+    return pytest.mark.skipif(is_skipped, reason=reason)
+
+
+def _builds():
+    """All instruction sets as they are released, and one with sanitizers."""
+    for name, variant in build.VARIANTS.items():
+        emulator = _EMULATOR.get(variant.architecture)
+        reason = f"needs a processor with {_NEEDS[name]}" + (f", or {emulator} of qemu-user" if emulator else "")
+        is_skipped = name not in _RUNNABLE and (emulator is None or shutil.which(emulator) is None)
+        yield pytest.param((_build, name), id=name, marks=_skip(is_skipped, reason))
+    yield _SANITIZED
+
+
+# The best of this machine's; those that are left compute other values, but no other addresses.
+_SANITIZED = pytest.param(
+    (_build_sanitized, _RUNNABLE[0]), id=f"{_RUNNABLE[0]}-sanitized", marks=_skip(not shutil.which("gcc"), "needs gcc")
+)
+
+
+@contextmanager
+def _program(param, folder, sources):
+    build_program, name = param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "sources", lambda: sources)
+        program = build_program(folder, build.VARIANTS[name])
+    yield program
+    program.close()
 
 
 @pytest.fixture(scope="session")
 def runnable():
     """Names of the variants that this machine runs."""
-    return {name for name, need in _NEEDS.items() if need in _FLAGS}
+    return _RUNNABLE
 
 
-@pytest.fixture(scope="session", params=_native())
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=_skip(name not in _RUNNABLE, f"needs a processor with {_NEEDS[name]}"))
+        for name, variant in build.VARIANTS.items()
+        if variant.architecture == platform.machine()
+    ],
+)
 def objects(request, tmp_path_factory):
     """Folder of the freestanding objects, once for every instruction set of this machine."""
-    variant = build.VARIANTS[request.param[1]]
-    return build.build_objects(tmp_path_factory.mktemp("objects"), variant)[0].parent
+    return build.build_objects(tmp_path_factory.mktemp("objects"), build.VARIANTS[request.param])[0].parent
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -329,14 +313,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session", params=[*_native(), *_sanitized(), *_emulated()])
+@pytest.fixture(scope="session", params=_builds())
 def kernels(request, tmp_path_factory):
     """The kernels, once for every instruction set that runs here or under an emulator, and once with sanitizers."""
-    kind, name = request.param
-    variant, folder = build.VARIANTS[name], tmp_path_factory.mktemp("kernels")
-    if kind == "native":
-        yield Kernels(Library(build.build_library(folder / "kernels.so", variant)))
-        return
-    program = (_build_sanitized if kind == "sanitized" else _build_emulated)(folder, variant)
-    yield Kernels(program)
-    program.close()
+    with _program(request.param, tmp_path_factory.mktemp("kernels"), [*build.sources(), _LANES]) as program:
+        yield Kernels(program)
+
+
+@pytest.fixture(scope="session", params=_builds())
+def faulty(request, tmp_path_factory):
+    """Kernels that do what none may do, in all these builds."""
+    with _program(request.param, tmp_path_factory.mktemp("faulty"), [_FAULTY]) as program:
+        yield program
+
+
+@pytest.fixture(scope="session", params=[_SANITIZED])
+def faulty_sanitized(request, tmp_path_factory):
+    """The same where what does no harm is noticed, too."""
+    with _program(request.param, tmp_path_factory.mktemp("faulty"), [_FAULTY]) as program:
+        yield program

@@ -1,5 +1,5 @@
-// Calls kernels in a process of its own, for builds that cannot be loaded into Python: with sanitizers, or for another
-// processor under an emulator. It serves requests from stdin until that ends.
+// Calls kernels in a process of its own, which may have sanitizers, be for another processor under an emulator, and end
+// when a kernel does what it should not. It serves requests from stdin until that ends.
 //
 // A request is: 8-byte numbers unless told otherwise, all in this machine's byte order
 //   length of the kernel's name, the name
@@ -12,11 +12,13 @@
 #include <stdint.h>
 
 #if __STDC_HOSTED__
-#include <immintrin.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #else
-#include "linux_aarch64.h"
+#include "linux.h"
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

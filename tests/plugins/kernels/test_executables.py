@@ -1,11 +1,15 @@
 """Which instruction sets are linked for a target, and which of them runs."""
 
+import numpy as np
 import pytest
 from iree import runtime
 from iree.compiler.tools import compile_str
 
 from llmir_iree.params.errors import CompileError
+from llmir_iree.params.layouts import pack_tile16
+from llmir_iree.plugins.calls import LlmirCall, TensorType
 from llmir_iree.plugins.kernels import build
+from llmir_iree.plugins.kernels.definitions import quantized_matmul
 from llmir_iree.plugins.kernels.executables import Buffer, Kernel, executable, find_variants, read_executable_target
 from llmir_iree.targets import resolve_target
 
@@ -52,6 +56,13 @@ def test_an_architecture_without_kernels_gets_none():
 def test_every_variant_runs_on_a_processor_with_its_features():
     for variant in build.VARIANTS.values():
         assert build.choose_variants(variant.architecture, variant.features, is_generic=False) == [variant]
+
+
+def load(text, flags):
+    """The module, compiled."""
+    config = runtime.Config("local-task")
+    binary = compile_str(text, input_type="none", extra_args=flags)
+    return runtime.load_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, binary), config)
 
 
 NUMBERS = {"x86_64-avx512vnni": 3, "x86_64-avx2": 2, "x86_64-generic": 1}
@@ -104,11 +115,29 @@ util.func public @main() -> tensor<3x2x5xf32> {{
   util.return %y : tensor<3x2x5xf32>
 }}"""
     )
-    config = runtime.Config("local-task")
-    binary = compile_str(text, input_type="none", extra_args=flags)
-    module = runtime.load_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, binary), config)
     expected = next(NUMBERS[name] for name in linked if name in runnable)
-    assert (module.main().to_host() == expected * 1.5).all()
+    assert (load(text, flags).main().to_host() == expected * 1.5).all()
+
+
+def test_a_module_for_a_generic_cpu_gives_what_one_for_this_cpu_gives():
+    columns, depth = 41, 97
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 5, depth)).astype(np.float32)
+    (w,) = pack_tile16("f16", {"w": rng.standard_normal((columns, depth)).astype(np.float16)}).values()
+    operands, y = (TensorType(x.shape, "f32"), TensorType(w.shape, "f16")), TensorType((2, 5, columns), "f32")
+    call = LlmirCall(
+        "quantized_matmul", operands, (y,), (("format", "f16"), ("layout", "tile16"), ("out_features", columns))
+    )
+    results = []
+    for target in (resolve_target("llvm-cpu"), resolve_target("llvm-cpu:generic")):
+        definitions = "\n".join(quantized_matmul(call, target).values())
+        main = f"""
+util.func public @main(%x: {operands[0]}, %w: {operands[1]}) -> {y} {{
+  %y = util.call @{call.symbol}(%x, %w) : ({operands[0]}, {operands[1]}) -> {y}
+  util.return %y : {y}
+}}"""
+        results.append(load(definitions + main, target.flags).main(x, w).to_host())
+    np.testing.assert_array_equal(*results)
 
 
 def test_flags_that_the_compiler_refuses_are_shown():
