@@ -68,8 +68,7 @@ INLINE void unpack_step(const format f, const weight_planes* p, size_t index, co
   const int steps = STEPS / halves(f), half = step / steps;
   if (step % steps == 0) out->code_sums[half] = splat_i32(-4 * steps * zero_point(f));
   out->byte_sum = step % at_once ? out->byte_sum + out->codes[step] : out->codes[step];
-  if (step % at_once == at_once - 1)
-    out->code_sums[half] = dot_u8_i8(out->code_sums[half], out->byte_sum, (i8x64)splat_u8(1));
+  if (step % at_once == at_once - 1) out->code_sums[half] = add_4u8(out->code_sums[half], out->byte_sum);
 }
 
 INLINE f32x16 f32_from_u8(u8x16 x) { return f32_from_i32(__builtin_convertvector(x, i32x16)); }
