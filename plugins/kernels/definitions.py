@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from importlib.resources import files
 from string import Template
@@ -22,10 +23,10 @@ from llmir_iree.plugins.lowering import Target
 # Of a group of quantised activations, two records: see activations.h.
 _GROUP_BYTES = 96
 
-# Of one workgroup. Few enough tiles that their weights fit the second cache, few enough for all cores to have some.
-_MAX_TILES = 16
-_MIN_WORKGROUPS = 8
-_TILES_OF_GATED_GROUP = 4
+# Workers of IREE claim workgroups one at a time as long as there are less than 8 for each of them, else 8 at a time.
+_WORKERS = os.cpu_count() or 1
+_MOST_CLAIMED = 8
+
 _QUANTIZED_ROWS = 8
 _APPENDED_TOKENS = 8
 
@@ -258,7 +259,7 @@ def gated_multiply(call: LlmirCall, target: Target) -> dict[str, str]:
     """
     columns, depth = int(call.constant("out_features")), _quantized_depth(call.operands[0])
     groups = columns // GROUP
-    share = min(_MAX_TILES // _TILES_OF_GATED_GROUP, max(1, groups // _MIN_WORKGROUPS))
+    share = _share(groups)
     sizes = {"columns": columns, "depth": depth, "groups_per_workgroup": share}
     return _dispatch(gated_kernel(str(call.constant("format"))), call, target, sizes, -(-groups // share))
 
@@ -277,9 +278,23 @@ def _multiply(call: LlmirCall, target: Target, depth: int | None) -> dict[str, s
     columns = int(call.constant("out_features"))
     tiles = -(-columns // TILE_ROWS)
     # Even, because kernels take tiles in pairs.
-    share = min(_MAX_TILES, max(2, tiles // _MIN_WORKGROUPS // 2 * 2))
+    share = _share(-(-tiles // 2)) * 2
     sizes = {"columns": columns, "depth": depth, "tiles_per_workgroup": share}
     return _dispatch(multiply_kernel(str(call.constant("format"))), call, target, sizes, -(-tiles // share))
+
+
+def _share(units: int) -> int:
+    """How many of all units a workgroup takes, so that the workers come to an end together.
+
+    The last worker to end has made as many claims as any, and was late by half of one more.
+    """
+
+    def end(share: int) -> float:
+        workgroups = -(-units // share)
+        claim = share * (1 if workgroups < _WORKERS * _MOST_CLAIMED else _MOST_CLAIMED)
+        return -(-units // (claim * _WORKERS)) * claim + claim / 2
+
+    return min(range(1, units + 1), key=end)
 
 
 def _quantized_depth(codes: TensorType) -> int:

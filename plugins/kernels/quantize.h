@@ -56,8 +56,14 @@ INLINE values32 quantize_term(values32 x, const int has_offset, activation_group
   return (values32){x.low - scale * low_rounded, x.high - scale * high_rounded};
 }
 
-// Writes the record of 32 activations, and the second one, `distance` further, if it is worth it.
-INLINE void quantize_group(values32 x, size_t distance, activation_group* out) {
+// Writes the record of 32 activations, and none of what the rounding left.
+INLINE void quantize_group(values32 x, activation_group* out) {
+  quantize_term(x, 1, out);
+  out->has_rest = 0;
+}
+
+// The same, and the second record, `distance` further, if the group is uneven.
+INLINE void quantize_uneven_group(values32 x, size_t distance, activation_group* out) {
   values32 rest = quantize_term(x, 1, out);
   if (out->has_rest) quantize_term(rest, 0, out + distance);
 }

@@ -37,7 +37,7 @@ INLINE void quantize_row(const float* x, float factor, const float* weight, cons
       values32 w = load_values(weight + g * GROUP);
       v = (values32){v.low * factor * w.low, v.high * factor * w.high};
     }
-    quantize_group(v, rest_distance(out->rows, out->groups), record);
+    quantize_uneven_group(v, rest_distance(out->rows, out->groups), record);
   }
 }
 

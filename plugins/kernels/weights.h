@@ -7,7 +7,7 @@
 #include "lanes.h"
 
 enum { STEPS = 8 };                  // of 4 weights each in a group
-enum { PREFETCH_BYTES = 12 << 10 };  // of codes: how far ahead, well within the first cache
+enum { PREFETCH_BYTES = 4 << 10 };   // of codes: how far ahead
 
 typedef enum { Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K } format;
 
@@ -109,19 +109,21 @@ INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, 
   }
 }
 
-// Weights are met once, or once for every block of rows, and the hardware's own prefetch stops at the end of a page.
-// Where the tile ends, tile `next` follows.
+// Where weights will be met once, or once for every block of rows: they need not stay in a cache.
+INLINE void prefetch_line(const void* line) { __builtin_prefetch(line, 0, 0); }
+
+// The hardware's own prefetch stops at the end of a page. Where the tile ends, tile `next` follows.
 INLINE void prefetch(const format f, const weight_planes* p, size_t tile, size_t next, size_t groups, size_t g) {
   size_t ahead = g + PREFETCH_BYTES / code_bytes(f);
   size_t index = (ahead < groups ? tile : next - 1) * groups + ahead;
   UNROLL for (size_t line = 0; line < code_bytes(f); line += 64)
-      __builtin_prefetch(p->codes + index * code_bytes(f) + line);
+      prefetch_line(p->codes + index * code_bytes(f) + line);
   UNROLL for (size_t line = 0; line < high_bytes(f); line += 64)
-      __builtin_prefetch(p->high + index * high_bytes(f) + line);
-  if (f == Q6_K) __builtin_prefetch(p->scales + index * 2 * LANES);
-  if (f == Q4_K || f == Q5_K) __builtin_prefetch(p->scales + index * 24);
-  __builtin_prefetch(p->d + index / groups_of_block(f) * LANES);
-  if (has_minimum(f)) __builtin_prefetch(p->m + index / groups_of_block(f) * LANES);
+      prefetch_line(p->high + index * high_bytes(f) + line);
+  if (f == Q6_K) prefetch_line(p->scales + index * 2 * LANES);
+  if (f == Q4_K || f == Q5_K) prefetch_line(p->scales + index * 24);
+  prefetch_line(p->d + index / groups_of_block(f) * LANES);
+  if (has_minimum(f)) prefetch_line(p->m + index / groups_of_block(f) * LANES);
 }
 
 // The planes of a kernel's matrix as its arguments, and as they are read.
