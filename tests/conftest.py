@@ -45,13 +45,13 @@ def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def smollm2_kernels_bundle(smollm2_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same with the kernels in C."""
-    folder = tmp_path_factory.mktemp("bundles") / "smollm2-kernels"
+def smollm2_portable_bundle(smollm2_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same without kernels."""
+    folder = tmp_path_factory.mktemp("bundles") / "smollm2-portable"
     shutil.copytree(smollm2_bundle.folder, folder, ignore=shutil.ignore_patterns(PARAMETERS_NAME, "*.vmfb"))
     (folder / PARAMETERS_NAME).symlink_to(smollm2_bundle.path(PARAMETERS_NAME).resolve())
     bundle = Bundle.open(folder)
-    compile_bundle(bundle, resolve_target("llvm-cpu"), implementations="best")
+    compile_bundle(bundle, resolve_target("llvm-cpu"), implementations="portable")
     return bundle
 
 

@@ -18,9 +18,9 @@ from llmir_iree.targets import resolve_target
 TIE = 0.05
 PAGE_EDGES = (31, 32, 33, 64, 65)
 
-# Of the logits, to transformers'. Kernels round activations to 8 bits, which costs most at a few positions of the chat
-# template: the same rounding done in transformers takes the cosine down to 0.985 there, with a median of 0.9996.
-LEAST_COSINE = {"portable": 0.999, "best": 0.98}
+# Of the logits, to transformers'. Kernels round activations to 8 bits, or to twice that in groups with outliers, which
+# costs most at a few positions of the chat template.
+LEAST_COSINE = {"portable": 0.999, "best": 0.995}
 MEDIAN_COSINE = 0.999
 
 
@@ -79,25 +79,26 @@ def implementations(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def session(implementations: str, request: pytest.FixtureRequest) -> Session:
-    name = "smollm2_bundle" if implementations == "portable" else "smollm2_kernels_bundle"
+    name = "smollm2_bundle" if implementations == "best" else "smollm2_portable_bundle"
     return Session(request.getfixturevalue(name), max_seq_len=512)
 
 
 def test_the_bundles_have_the_implementations_that_the_tests_name(
-    smollm2_bundle: Bundle, smollm2_kernels_bundle: Bundle
+    smollm2_bundle: Bundle, smollm2_portable_bundle: Bundle
 ) -> None:
-    # Of the portable matmuls those of one row are fused, and the large output head.
+    # Two functions of 30 layers, of which each has 7 matmuls without fusion, and a head.
     matmuls, layers = 211, 2 * 30
-    expected = {
-        smollm2_bundle: ({"portable-fused": matmuls + 1, "portable": matmuls - 1}, "portable"),
-        smollm2_kernels_bundle: ({"cpu-kernels": 2 * matmuls}, "cpu-kernels"),
+    assert smollm2_portable_bundle.target("llvm-cpu").modules["decode"].implementations == {
+        # Those of one row are fused with dequantising, and the large output head.
+        "quantized_matmul": {"portable-fused": matmuls + 1, "portable": matmuls - 1},
+        "append_kv": {"portable": layers},
+        "paged_attention": {"portable": layers},
     }
-    for bundle, (matmul, attention) in expected.items():
-        assert bundle.target("llvm-cpu").modules["decode"].implementations == {
-            "quantized_matmul": matmul,
-            "append_kv": {attention: layers},
-            "paged_attention": {attention: layers},
-        }
+    fused = {"rope_append_attend": layers, "gated_multiply": layers, "multiply": 3 * layers + 2}
+    norms = {"norm_quantize": 2, "add_norm_quantize": 2 * layers}
+    assert smollm2_bundle.target("llvm-cpu").modules["decode"].implementations == {
+        op: {"cpu-kernels": count} for op, count in {**fused, **norms}.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +143,6 @@ def test_smollm2_prefill_equals_transformers_at_every_position(
     expected = reference(str(smollm2_gguf))([prompt])[0]
     got = [Rows(session, 1).step("prefill", [prompt[:length]])[0] for length in range(1, len(prompt) + 1)]
     assert_close(np.stack(got), expected, implementations)
-
-
-@pytest.mark.xfail(strict=True, reason="activations of 8 bits; kernels may be the default once this holds")
-def test_kernels_keep_the_precision_that_a_default_needs(
-    smollm2_kernels_bundle: Bundle, prompt: list[int], smollm2_gguf: Path, reference: Callable[[str], Any]
-) -> None:
-    session = Session(smollm2_kernels_bundle, max_seq_len=512)
-    got = [Rows(session, 1).step("prefill", [prompt[:length]])[0] for length in range(1, len(prompt) + 1)]
-    assert cosine(np.stack(got), reference(str(smollm2_gguf))([prompt])[0]).min() >= 0.995
 
 
 @pytest.mark.parametrize("length", PAGE_EDGES)

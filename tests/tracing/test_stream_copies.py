@@ -46,6 +46,7 @@ def test_finds_a_copy_of_a_whole_argument(tmp_path: Path) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_bundle_copies_no_cache(smollm2_bundle: Bundle, phase: Any, implementations: Any, tmp_path: Path) -> None:
     portable = smollm2_bundle.path(smollm2_bundle.manifest.portable[phase].file).read_text()
-    text = stream_ir(lower(portable, resolve_target("llvm-cpu"), implementations).text, tmp_path)
+    merged = smollm2_bundle.manifest.parameters.merged
+    text = stream_ir(lower(portable, resolve_target("llvm-cpu"), implementations, merged=merged).text, tmp_path)
     assert "tensor<?x30x2x3x32x64xf16>" in text
     assert [copy for copy in find_copies(text) if copy.whole_argument] == []
