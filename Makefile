@@ -119,7 +119,7 @@ $(BUNDLE)/manifest.json: $(INSTALLED) $(MODEL_INSTALLED)
 	$(BIN)/llmir-export "$$(cat $(MODEL_INSTALLED))" --output $(BUNDLE) --target $(TARGET)
 
 $(BENCH_BUNDLES): $(BENCH)/%/manifest.json: $(BENCH)/%.gguf $(INSTALLED)
-	$(BIN)/llmir-export $< --output $(@D) --target $(TARGET) --batch 1,4,8 --implementations best
+	$(BIN)/llmir-export $< --output $(@D) --target $(TARGET) --batch 1,4,8
 
 $(BENCH)/smollm2-q4_1.gguf: $(MODEL_INSTALLED)
 	@mkdir -p $(@D)
