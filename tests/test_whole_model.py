@@ -202,17 +202,23 @@ LLAMA3_ROPE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options"),
-    [
-        ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
-        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-        ("mistral", {"sliding_window": 12}),
-        ("qwen2", {"tie_word_embeddings": True}),
-        ("qwen3", {}),
-    ],
-    ids=["llama3-rope-tied", "llama-biases-no-groups", "mistral-window", "qwen2-biases-tied", "qwen3-head-norms"],
-)
+ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    ("mistral", {"sliding_window": 12}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {}),
+]
+ARCHITECTURE_NAMES = [
+    "llama3-rope-tied",
+    "llama-biases-no-groups",
+    "mistral-window",
+    "qwen2-biases-tied",
+    "qwen3-head-norms",
+]
+
+
+@pytest.mark.parametrize(("model_type", "options"), ARCHITECTURES, ids=ARCHITECTURE_NAMES)
 def test_every_architecture_equals_transformers(
     model_type: str,
     options: dict[str, Any],
@@ -230,9 +236,14 @@ def test_every_architecture_equals_transformers(
     compare(bundle, texts, reference(source)(texts.tolist()))
 
 
+@pytest.mark.parametrize("implementations", get_args(Preference))
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0"])
 def test_a_quantised_export_equals_transformers_on_the_same_weights(
-    quant: str, tiny_checkpoint: Callable[..., Path], reference: Callable[..., Any], tmp_path: Path
+    quant: str,
+    implementations: Preference,
+    tiny_checkpoint: Callable[..., Path],
+    reference: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     source = str(tiny_checkpoint("llama"))
     target = resolve_target("llvm-cpu")
@@ -245,11 +256,33 @@ def test_a_quantised_export_equals_transformers_on_the_same_weights(
             page_size=16,
             cache_dtype="f32",
             targets=(target,),
+            implementations=implementations,
         )
     )
     assert bundle.manifest.parameters.formats == {"f32": 1, quant: 15}
     texts = np.random.default_rng(0).integers(0, 96, (2, 40))
-    compare(bundle, texts, reference(source, quant)(texts.tolist()))
+    compare(bundle, texts, reference(source, quant)(texts.tolist()), implementations=implementations)
+
+
+@pytest.mark.parametrize(("model_type", "options"), ARCHITECTURES, ids=ARCHITECTURE_NAMES)
+def test_kernels_serve_every_architecture(
+    model_type: str,
+    options: dict[str, Any],
+    tiny_checkpoint: Callable[..., Path],
+    reference: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """With all passes: what they fuse differs in biases, windows, groups and norms of heads."""
+    source = str(tiny_checkpoint(model_type, **{"head_dim": 32, **options}))
+    target = resolve_target("llvm-cpu")
+    bundle = build_bundle(
+        BuildOptions(source, tmp_path / "bundle", quant="q8_0", batch_sizes=(2,), page_size=16, targets=(target,))
+    )
+    used = bundle.target("llvm-cpu").modules["decode"].implementations
+    assert {name for names in used.values() for name in names} == {"cpu-kernels"}
+    assert ("rope_append_attend" in used) == (model_type != "qwen3")
+    texts = np.random.default_rng(0).integers(0, 96, (2, 40))
+    compare(bundle, texts, reference(source, "q8_0")(texts.tolist()), implementations="best")
 
 
 @pytest.mark.parametrize(("cache_dtype", "bits"), [("f16", 10), ("bf16", 7)])
@@ -271,12 +304,18 @@ def test_a_cache_of_fewer_bits_costs_their_precision(
 
 
 def compare(
-    bundle: Bundle, texts: npt.NDArray[Any], expected: npt.NDArray[np.float32], tolerance: float = 1e-3
+    bundle: Bundle,
+    texts: npt.NDArray[Any],
+    expected: npt.NDArray[np.float32],
+    tolerance: float = 1e-3,
+    implementations: str = "portable",
 ) -> None:
     """A prefill of 33 tokens and decodes of the others, against the logits [batch, seq, vocab] that are expected."""
     rows = Rows(Session(bundle, pages=16), 2)
-    got = rows.step("prefill", texts[:, :33].tolist())
-    np.testing.assert_allclose(got, expected[:, 32], rtol=1e-3, atol=tolerance)
-    for position in range(33, texts.shape[1]):
-        got = rows.step("decode", texts[:, position : position + 1].tolist())
-        np.testing.assert_allclose(got, expected[:, position], rtol=1e-3, atol=tolerance)
+    got = [rows.step("prefill", texts[:, :33].tolist())]
+    got += [rows.step("decode", texts[:, position, None].tolist()) for position in range(33, texts.shape[1])]
+    logits, truth = np.stack(got, axis=1), expected[:, 32:]
+    if implementations == "portable":
+        np.testing.assert_allclose(logits, truth, rtol=1e-3, atol=tolerance)
+    else:
+        assert_close(logits.reshape(-1, logits.shape[-1]), truth.reshape(-1, truth.shape[-1]), implementations)

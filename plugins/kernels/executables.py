@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def read_executable_target(flags: tuple[str, ...]) -> str:
     done = subprocess.run(command, input="module {}", capture_output=True, text=True, check=False)
     found = _TARGET.search(done.stdout)
     if found is None:
-        raise CompileError(f"iree-compile names no executable target for {' '.join(flags)}: {done.stderr.strip()}")
+        reason = done.stderr.strip() or f"names no executable target for {' '.join(flags)}"
+        raise CompileError(f"iree-compile: {reason} (repeat with: echo 'module {{}}' | {shlex.join(command)})")
     return found[0]
 
 

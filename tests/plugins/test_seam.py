@@ -49,7 +49,7 @@ def siblings() -> str:
     ],
 )
 def test_the_best_that_serves_is_chosen(siblings: str, target: str, preference: str, chosen: str) -> None:
-    lowered = lower(siblings, resolve_target(target), preference)
+    lowered = lower(siblings, resolve_target(target), preference, passes=["lower-llmir-ops"])
     assert lowered.implementations == {"quantized_matmul": {chosen: 2}}
 
 
