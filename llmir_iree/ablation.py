@@ -53,7 +53,7 @@ def _compile(source: Bundle, folder: Path, passes: tuple[str, ...]) -> BundleEng
     bundle = Bundle.open(folder)
     target = resolve_target("llvm-cpu")
     compile_bundle(bundle, target, passes=passes)
-    return BundleEngine(bundle, target.name, None, 1, _LENGTH)
+    return BundleEngine(bundle, target.name, None, [(1, _LENGTH)])
 
 
 def _ratio(case: Case, without: BundleEngine, full: BundleEngine, repetitions: int) -> float:

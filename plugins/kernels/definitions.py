@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from importlib.resources import files
 from string import Template
 
@@ -264,7 +265,7 @@ def gated_multiply(call: LlmirCall, target: Target) -> dict[str, str]:
     return _dispatch(gated_kernel(str(call.constant("format"))), call, target, sizes, -(-groups // share))
 
 
-def _by_rows(kernel: Kernel, call: LlmirCall, target: Target, sizes: dict[str, float]) -> dict[str, str]:
+def _by_rows(kernel: Kernel, call: LlmirCall, target: Target, sizes: Mapping[str, float]) -> dict[str, str]:
     """A definition whose workgroups take some rows of x each."""
     columns = call.operands[0].shape[-1]
     assert columns is not None
@@ -304,7 +305,7 @@ def _quantized_depth(codes: TensorType) -> int:
 
 
 def _dispatch(
-    kernel: Kernel, call: LlmirCall, target: Target, sizes: dict[str, float], workgroups: int | None
+    kernel: Kernel, call: LlmirCall, target: Target, sizes: Mapping[str, float], workgroups: int | None
 ) -> dict[str, str]:
     """A definition that is one dispatch, and its executable.
 

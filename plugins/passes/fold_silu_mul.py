@@ -38,7 +38,7 @@ def _gated_product(quantization: ir.Operation) -> ir.Operation | None:
     silu = producer(both.operands[0], "torch.aten.silu")
     up = producer(both.operands[1], "torch.aten.slice.Tensor")
     gate = None if silu is None else producer(silu.operands[0], "torch.aten.slice.Tensor")
-    if gate is None or up is None or gate.operands[0] != up.operands[0]:
+    if silu is None or gate is None or up is None or gate.operands[0] != up.operands[0]:
         return None
     product = producer(gate.operands[0], "llmir.multiply")
     if product is None or len(users(product.results[0])) != 2:
