@@ -20,6 +20,7 @@ from llmir_iree.bundle import CACHE_ITEM_BYTES, PARAMETER_SCOPE, PHASES, Bundle,
 from llmir_iree.machine import available_memory
 from llmir_iree.pages import PADDING_PAGE, PagePool, Sequence
 from llmir_iree.params.errors import BundleError, LlmirError, RequestError, TargetError
+from llmir_iree.scheduling import behind_workers
 
 IntArray = npt.NDArray[np.int32]
 
@@ -301,7 +302,8 @@ class Session:
         arguments.push_ref(self._cache)
         results = rt.VmVariantList(3)
         try:
-            self._context.invoke(function, arguments, results)
+            with behind_workers():
+                self._context.invoke(function, arguments, results)
         except _IREE_ERRORS as error:
             raise LlmirError(f"{phase} for batch size {batch_size} failed: {_first_line(error)}") from None
         logits, next_token, cache = (results.get_as_object(index, rt.HalBufferView) for index in range(3))
