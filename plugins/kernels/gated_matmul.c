@@ -19,7 +19,7 @@ INLINE void multiply(const format f, const matmul* m, activation_group* out, siz
       activation_group* records = out + activation_index(m->rows, groups, row, &stride) + group * stride;
       for (size_t r = 0; r < rows; ++r) {
         values32 gated = {silu(sums[0][r][0]) * sums[1][r][0], silu(sums[0][r][1]) * sums[1][r][1]};
-        // Products are uneven more often than not; second records for them would take longer than they are worth.
+        // Without second records: which groups of the row would need one, no workgroup knows.
         quantize_group(gated, records + r);
       }
     }

@@ -101,25 +101,6 @@ INLINE float reduce_add_f32(f32x16 x) {
   return x[0];
 }
 
-// Lane i of the result is the sum over the lanes of x[i]; x is overwritten. Each step adds the two halves of what is
-// left of two sums, and puts both into one register.
-INLINE f32x16 reduce_add_each(f32x16 x[LANES]) {
-  UNROLL for (int i = 0; i < 8; ++i) {
-    x[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  UNROLL for (int i = 0; i < 4; ++i) {
-    x[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  }
-  UNROLL for (int i = 0; i < 2; ++i) {
-    x[i] = __builtin_shufflevector(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-  return __builtin_shufflevector(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
 INLINE f32x16 f32_from_i32(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 INLINE i32x16 i32_from_i8(i8x16 x) { return __builtin_convertvector(x, i32x16); }
 
@@ -232,7 +213,6 @@ typedef union {
   uint8x16_t u8_part[PARTS];
   int8x16_t i8_part[PARTS];
   int32x4_t i32_part[PARTS];
-  uint32x4_t u32_part[PARTS];
 } parts;
 
 // sum + a[0] b[0] + a[1] b[1] + a[2] b[2] + a[3] b[3] in every lane, exactly.
@@ -287,23 +267,6 @@ INLINE i32x16 dot_u7_i8(i32x16 sum, u8x64 a, i8x64 b) {
   return sum + out.i32;
 #else
   return dot_u8_i8(sum, a, b);
-#endif
-}
-
-// sum + a[0] + a[1] + a[2] + a[3] in every lane.
-INLINE i32x16 add_4u8(i32x16 sum, u8x64 a) {
-#if defined(__ARM_FEATURE_DOTPROD)
-  parts as = {.u8 = a}, out = {.i32 = sum};
-  UNROLL for (int i = 0; i < PARTS; ++i)
-    out.u32_part[i] = vdotq_u32(out.u32_part[i], as.u8_part[i], vdupq_n_u8(1));
-  return out.i32;
-#elif defined(__AVX2__) && !defined(__AVX512VNNI__)
-  parts as = {.u8 = a}, out;
-  UNROLL for (int i = 0; i < PARTS; ++i)
-    out.part[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(as.part[i], _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
-  return sum + out.i32;
-#else
-  return dot_u8_i8(sum, a, (i8x64)splat_u8(1));
 #endif
 }
 

@@ -66,5 +66,5 @@ KERNEL void llmir_merge_attention_quantize(const float* restrict partials, size_
   activation_group* record = (activation_group*)(output + output_offset) + activation_index(rows, groups, row, &stride);
   record += first / GROUP * stride;
   for (size_t i = 0; i < end - first; i += GROUP, record += stride)
-    quantize_uneven_group(load_values(merged + i), rest_distance(rows, groups), record);
+    quantize_group_twice(load_values(merged + i), rest_distance(rows, groups), record);
 }

@@ -1,9 +1,9 @@
 // Tiles of quantised weights times quantised activations: what the kernels that multiply have in common.
 //
-// Weights stand 16 rows side by side, one to a lane, so that a sum stays in its lane. With x = s * a + o and weights
-// w = d * (c - z) + m, a group of 32 adds s * d * (dot(c, a) - z * sum(a)) + s * m * sum(a) + o * sum(w): bytes are
-// multiplied with bytes, and the rest is a few operations for each row and group. Second records of a group add in the
-// same way, and are few.
+// Weights stand 16 rows side by side, one to a lane, so that a sum stays in its lane. With x = s * a and weights
+// w = d * (c - z) + m, a group of 32 adds s * (d * (dot(c, a) - z * sum(a)) + m * sum(a)): bytes are multiplied with
+// bytes, and the rest is a few operations for each row and group. Second records of a group add in the same way, and are
+// few.
 //
 // A few records meet each step of the weights as it is unpacked, and hide behind the weights' way from memory. For
 // more, a group of two tiles is unpacked into 16 registers, which then serve up to 32 rows; sums wait in the first
@@ -12,11 +12,12 @@
 
 #include "weights.h"
 
-// Tiles that share the broadcasts of a record, and records that share a tile: of few, and at a time of many.
+// Tiles that share the broadcasts of a record, records that share a tile when there are few, and sums of one dot product
+// that wait for each other less than one would, as registers allow.
 #if defined(__AVX512F__)
-enum { MAX_TILES = 2, FEW = 8, MANY_RECORDS = 2 };
+enum { MAX_TILES = 2, FEW = 8, CHAINS = 2 };
 #else
-enum { MAX_TILES = 1, FEW = 4, MANY_RECORDS = 2 };
+enum { MAX_TILES = 1, FEW = 4, CHAINS = 1 };
 #endif
 
 typedef struct {
@@ -42,39 +43,48 @@ INLINE f32x16 add_product(const format f, const weight_group* w, const activatio
   f32x16 product = w->scale[0] * f32_from_i32(dot[0]);
   if (halves(f) == 2) product += w->scale[1] * f32_from_i32(dot[1]);
   if (has_minimum(f)) product += w->minimum * f32_from_i32(splat_i32(x->start));
-  return sum + product * x->scale + w->sum * x->offset;
+  return sum + product * x->scale;
 }
 
 // One group of `records` records times `tiles` tiles, added to their sums. Groups `index` are unpacked on the way, each
-// step just before it is multiplied, unless that is done.
-INLINE void multiply_records(const format f, const int tiles, const int records, const matmul* m, const size_t* index,
-                             const int is_unpacked, weight_group* w, const activation_group* x, f32x16 (*sums)[2]) {
+// step just before it is multiplied, unless that is done. A dot product is summed in `chains` parts.
+INLINE void multiply_records(const format f, const int tiles, const int records, const int chains, const matmul* m,
+                             const size_t* index, const int is_unpacked, weight_group* w, const activation_group* x,
+                             f32x16 (*sums)[2]) {
   const int steps = STEPS / halves(f);
   i32x16 dot[FEW][MAX_TILES][2];
   UNROLL for (int half = 0; half < halves(f); ++half) {
-    UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) dot[i][t][half] =
-        start_dot(f, x + i, half);
+    UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) {
+      dot[i][t][half] = start_dot(f, x + i, half);
+      if (halves(f) < chains) dot[i][t][1] = splat_i32(0);
+    }
     UNROLL for (int step = half * steps; step < (half + 1) * steps; ++step) {
+      const int part = halves(f) < chains ? step % 2 : half;
       UNROLL for (int t = 0; t < tiles; ++t) if (!is_unpacked) unpack_step(f, &m->planes, index[t], step, &w[t]);
       UNROLL for (int i = 0; i < records; ++i) {
         i8x64 codes = splat_4i8(x[i].codes + 4 * step);
-        UNROLL for (int t = 0; t < tiles; ++t) dot[i][t][half] =
-            dot_codes(f, dot[i][t][half], w[t].codes[step], codes);
+        UNROLL for (int t = 0; t < tiles; ++t) dot[i][t][part] =
+            dot_codes(f, dot[i][t][part], w[t].codes[step], codes);
       }
     }
   }
   UNROLL for (int t = 0; t < tiles; ++t) if (!is_unpacked) unpack_scales(f, &m->planes, index[t], &w[t]);
-  UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) sums[i][t] =
-      add_product(f, &w[t], x + i, dot[i][t], sums[i][t]);
+  UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) {
+    if (halves(f) < chains) dot[i][t][0] += dot[i][t][1];
+    sums[i][t] = add_product(f, &w[t], x + i, dot[i][t], sums[i][t]);
+  }
 }
 
 // The same, and the second records of those that have one. Weights that are not kept are unpacked again for these.
-INLINE void multiply_group(const format f, const int tiles, const int records, const matmul* m, const size_t* index,
-                           const int is_unpacked, weight_group* w, const activation_group* x, f32x16 (*sums)[2]) {
-  multiply_records(f, tiles, records, m, index, is_unpacked, w, x, sums);
+INLINE void multiply_group(const format f, const int tiles, const int records, const int chains, const matmul* m,
+                           const size_t* index, const int is_unpacked, weight_group* w, const activation_group* x,
+                           f32x16 (*sums)[2]) {
+  multiply_records(f, tiles, records, chains, m, index, is_unpacked, w, x, sums);
   UNROLL for (int i = 0; i < records; ++i) {
-    if (__builtin_expect(x[i].has_rest, 0))
-      multiply_records(f, tiles, 1, m, index, is_unpacked, w, x + i + rest_distance(m->rows, m->groups), sums + i);
+    if (__builtin_expect(x[i].has_rest, 0)) {
+      const activation_group* rest = x + i + rest_distance(m->rows, m->groups);
+      multiply_records(f, tiles, 1, chains, m, index, is_unpacked, w, rest, sums + i);
+    }
   }
 }
 
@@ -104,7 +114,7 @@ INLINE void multiply_few(const format f, const int rows, const matmul* m, size_t
         index[t] = pair.tile[first + t] * m->groups + g;
         prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g);
       }
-      multiply_group(f, at_once, rows, m, index, 0, w, record, local);
+      multiply_group(f, at_once, rows, rows == 1 ? CHAINS : 1, m, index, 0, w, record, local);
     }
     UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) sums[r][first + t] = local[r][t];
   }
@@ -126,13 +136,8 @@ INLINE void multiply_many(const format f, const matmul* m, size_t tile, size_t l
         unpack_scales(f, &m->planes, index, &w[t]);
       }
       const activation_group* record = group;
-      size_t r = 0;
-      for (; r + MANY_RECORDS <= rows; r += MANY_RECORDS, record += MANY_RECORDS) {
-        multiply_group(f, MAX_TILES, MANY_RECORDS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
-        FINISH_BEFORE_LOADS(record);
-      }
-      for (; r < rows; ++r, ++record) {
-        multiply_group(f, MAX_TILES, 1, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+      for (size_t r = 0; r < rows; ++r, ++record) {
+        multiply_group(f, MAX_TILES, 1, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
         FINISH_BEFORE_LOADS(record);
       }
     }

@@ -23,11 +23,8 @@ typedef struct {
 // One group of 32 weights of 16 rows, or part of it while it is unpacked. The halves differ in q6_k only.
 typedef struct {
   u8x64 codes[STEPS];
-  u8x64 byte_sum;       // of the codes of some steps
-  i32x16 code_sums[2];  // of a half, less its zero points
   f32x16 scale[2];
   f32x16 minimum;  // / CODE_SUM_FACTOR
-  f32x16 sum;      // of the weights
 } weight_group;
 
 INLINE int zero_point(const format f) { return f == Q4_0 ? 8 : f == Q8_0 ? 128 : f == Q6_K ? 32 : 0; }
@@ -54,7 +51,7 @@ INLINE u8x64 high_bits(const format f, const uint8_t* high, int step) {
                       : bits_u8(bits, 2 * (step % 4) - 4, 48);
 }
 
-// Group `index` of all tiles' groups, step by step and in order.
+// Group `index` of all tiles' groups, step by step.
 INLINE void unpack_step(const format f, const weight_planes* p, size_t index, const int step, weight_group* out) {
   const uint8_t* codes = p->codes + index * code_bytes(f);
   if (f == Q8_0) {
@@ -63,12 +60,6 @@ INLINE void unpack_step(const format f, const weight_planes* p, size_t index, co
     out->codes[step] = bits_u8(load_u8(codes + 64 * (step / 2)), 4 * (step % 2), 15);
     if (high_bytes(f)) out->codes[step] |= high_bits(f, p->high + index * high_bytes(f), step);
   }
-
-  const int at_once = f == Q8_0 ? 1 : f == Q6_K ? 4 : STEPS;  // that a byte holds the sum of
-  const int steps = STEPS / halves(f), half = step / steps;
-  if (step % steps == 0) out->code_sums[half] = splat_i32(-4 * steps * zero_point(f));
-  out->byte_sum = step % at_once ? out->byte_sum + out->codes[step] : out->codes[step];
-  if (step % at_once == at_once - 1) out->code_sums[half] = add_4u8(out->code_sums[half], out->byte_sum);
 }
 
 INLINE f32x16 f32_from_u8(u8x16 x) { return f32_from_i32(__builtin_convertvector(x, i32x16)); }
@@ -101,12 +92,7 @@ INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, 
     out->scale[0] = d;
     if (f == Q4_1) out->minimum = load_f16(p->m + block * LANES);
   }
-  out->sum = out->scale[0] * f32_from_i32(out->code_sums[0]);
-  if (halves(f) == 2) out->sum += out->scale[1] * f32_from_i32(out->code_sums[1]);
-  if (has_minimum(f)) {
-    out->sum += out->minimum * (float)GROUP;
-    out->minimum *= 1.0f / CODE_SUM_FACTOR;
-  }
+  if (has_minimum(f)) out->minimum *= 1.0f / CODE_SUM_FACTOR;
 }
 
 // Where weights will be met once, or once for every block of rows: they need not stay in a cache.

@@ -47,8 +47,8 @@ _GCC_PROCESSOR = {
 _RECORD = np.dtype(
     [
         ("codes", np.int8, GROUP),
-        *((name, np.float32) for name in ("scale", "offset")),
-        *(("start", np.int32), ("low_start", np.int16), ("has_rest", np.int16)),
+        ("scale", np.float32),
+        *((name, np.int32) for name in ("start", "low_start", "has_rest")),
     ]
 )
 
@@ -70,21 +70,18 @@ def dequantize_activations(packed, rows, columns):
     """What quantised activations stand for, float64 [rows, columns]."""
     records = read_records(packed, rows, columns)
     values = records["codes"] * records["scale"][..., None].astype(np.float64)
-    values += records["offset"][..., None].astype(np.float64)
     return values.sum(2).reshape(rows, columns)
 
 
 def rounding_bound(x, has_rest=False):
     """How far each of x may be from what it is rounded to: half a step of its group of 32, and float32's rounding.
 
-    A step is the distance between the group's ends / 254; a second record divides it by 254 once more, in groups
-    `has_rest` [rows, groups]. No value is further off than with symmetric codes of 8 bits, whose step is twice the
-    largest magnitude / 254.
+    A step is the group's largest magnitude / 127; a second record divides it by 254 once more, in groups `has_rest`
+    [rows, groups].
     """
-    grouped = x.astype(np.float64).reshape(len(x), -1, GROUP)
-    reach = (grouped.max(-1) - grouped.min(-1)) / 2
+    reach = np.abs(x.astype(np.float64).reshape(len(x), -1, GROUP)).max(-1)
     steps = np.where(has_rest, 254.0**2, 254.0)
-    bound = reach / steps * (1 + 1e-4) + 2.0**-22 * np.abs(grouped).max(-1) + 2.0**-120
+    bound = reach / steps * (1 + 1e-4) + 2.0**-22 * reach + 2.0**-120
     return np.repeat(bound, GROUP, axis=-1)
 
 

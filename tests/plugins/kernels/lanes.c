@@ -16,14 +16,6 @@
 DEFINE_DOT(dot_u8_i8)
 DEFINE_DOT(dot_u7_i8)
 
-// sums int32 [count, 16] += the sums of a uint8 [count, 16, 4].
-KERNEL void lanes_add_4u8(float* sums, size_t sums_offset, const uint8_t* a, size_t a_offset, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    float* sum = sums + sums_offset + i * LANES;
-    store_f32(sum, (f32x16)add_4u8((i32x16)load_f32(sum), load_u8(a + a_offset + i * 64)));
-  }
-}
-
 // wide float32 [count] from narrow, halves; and back, in two ways: 16 at a time and one by one.
 KERNEL void lanes_widen(const f16* narrow, size_t narrow_offset, float* wide, size_t wide_offset, float* wide_by_one,
                         size_t wide_by_one_offset, size_t count) {
@@ -38,17 +30,15 @@ KERNEL void lanes_narrow(const float* wide, size_t wide_offset, f16* narrow, siz
     narrow_by_one[narrow_by_one_offset + i] = f16_from_f32_scalar(wide[wide_offset + i]);
 }
 
-// Of x float32 [16, 16]: maximum and sum of the first row, the same of its bits taken for integers, of which the sum is
-// of their upper 24, and the sums of all rows.
+// Of x float32 [16]: maximum and sum, and the same of its bits taken for integers, of which the sum is of their upper
+// 24.
 KERNEL void lanes_reduce(const float* x, size_t x_offset, float* floats, size_t floats_offset, int32_t* integers,
-                         size_t integers_offset, float* sums, size_t sums_offset) {
-  f32x16 rows[LANES];
-  for (int i = 0; i < LANES; ++i) rows[i] = load_f32(x + x_offset + i * LANES);
-  floats[floats_offset] = reduce_max_f32(rows[0]);
-  floats[floats_offset + 1] = reduce_add_f32(rows[0]);
-  integers[integers_offset] = reduce_max_i32((i32x16)rows[0]);
-  integers[integers_offset + 1] = reduce_add_i32((i32x16)rows[0] >> 8);
-  store_f32(sums + sums_offset, reduce_add_each(rows));
+                         size_t integers_offset) {
+  f32x16 row = load_f32(x + x_offset);
+  floats[floats_offset] = reduce_max_f32(row);
+  floats[floats_offset + 1] = reduce_add_f32(row);
+  integers[integers_offset] = reduce_max_i32((i32x16)row);
+  integers[integers_offset + 1] = reduce_add_i32((i32x16)row >> 8);
 }
 
 // e^x and tanh(x) of float32 [count, 16].

@@ -23,14 +23,6 @@ def test_dot_products_of_bytes_are_exact(kernels, function, most):
     dot(kernels, function, a, b)
 
 
-def test_sums_of_bytes_are_exact(kernels):
-    a = np.random.default_rng(0).choice(np.uint8([0, 1, 127, 128, 255]), (200, 16, 4))
-    sums = np.arange(len(a) * 16, dtype=np.int32).reshape(-1, 16) - 50
-    expected = sums + a.sum(-1, dtype=np.int32)
-    kernels.dispatch("lanes_add_4u8", (sums, a), [()], lambda _: (len(a),))
-    np.testing.assert_array_equal(sums, expected)
-
-
 def test_every_half_is_widened_exactly(kernels):
     halves = np.arange(2**16, dtype=np.uint16)
     wide, wide_by_one = np.zeros((2, 2**16), np.float32)
@@ -59,14 +51,13 @@ def test_floats_are_rounded_to_the_nearest_half(kernels):
 
 @pytest.mark.parametrize("lane", [0, 1, 2, 4, 8, 15])
 def test_reductions_take_in_every_lane(kernels, lane):
-    x = np.random.default_rng(lane).integers(-99, 99, (16, 16)).astype(np.float32)
-    x[0, lane] = 1000
-    floats, integers, sums = np.zeros(2, np.float32), np.zeros(2, np.int32), np.zeros(16, np.float32)
-    kernels.dispatch("lanes_reduce", (x, floats, integers, sums), [()], lambda _: ())
-    bits = x[0].view(np.int32)
-    assert floats.tolist() == [x[0].max(), x[0].sum()]
+    x = np.random.default_rng(lane).integers(-99, 99, 16).astype(np.float32)
+    x[lane] = 1000
+    floats, integers = np.zeros(2, np.float32), np.zeros(2, np.int32)
+    kernels.dispatch("lanes_reduce", (x, floats, integers), [()], lambda _: ())
+    bits = x.view(np.int32)
+    assert floats.tolist() == [x.max(), x.sum()]
     assert integers.tolist() == [bits.max(), (bits >> 8).sum(dtype=np.int32)]
-    np.testing.assert_array_equal(sums, x.sum(1))
 
 
 def test_exponential_and_hyperbolic_tangent(kernels):

@@ -102,7 +102,7 @@ def test_extreme_scales(kernels, weight_format, scale):
 @pytest.mark.parametrize("weight_format", BLOCKED)
 @pytest.mark.parametrize("code", [0, 0x77, 0x88, 0x80, 0xFF])
 def test_extreme_codes(kernels, weight_format, code):
-    """All codes the same, activations all at the end of their range: no product of bytes may saturate."""
+    """All codes the same, activations all at the ends of their range: no product of bytes may saturate."""
     depth, columns = 512, 16
     planes, _ = random_weights(weight_format, columns, depth)
     for plane in planes.values():
@@ -111,7 +111,7 @@ def test_extreme_codes(kernels, weight_format, code):
     tiles = pack_tile16(weight_format, planes)
     for sign in (1.0, -1.0):
         x = np.full((3, depth), sign, np.float32)
-        x[1:, ::32] = -3 * sign  # the rest of the group gets the code at the other end
+        x[1:, ::32] = -sign
         y = kernels.matmul(weight_format, tiles, x, columns)
         size = np.abs(x) @ np.abs(weights).T
         assert (np.abs(y - x.astype(np.float64) @ weights.T) <= 1e-5 * size + 1e-3).all()
