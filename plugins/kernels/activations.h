@@ -3,8 +3,8 @@
 // Rows are taken 32 at a time (the last block may have fewer). A block is a list over the groups of 32 along K, and in
 // each group a list over the block's rows: what a tile of weights meets next is what comes next in memory, for one row
 // and for many. Behind the records of all rows there is room for as many again, in the same order: a group that is
-// rounded more coarsely than others of its row has a second record there, of what the rounding left. So M rows of K take
-// 2 * M * K / 32 * 48 bytes, of which few are touched beyond the first half.
+// rounded much more coarsely than others of its row has a second record there, of what the rounding left. So M rows of K
+// take 2 * M * K / 32 * 48 bytes, of which the second half is hardly read.
 #pragma once
 
 #include "kernel.h"

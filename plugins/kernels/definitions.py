@@ -23,6 +23,7 @@ from llmir_iree.plugins.lowering import Target
 
 # Of a group of quantised activations, two records: see activations.h.
 _GROUP_BYTES = 96
+_COMPARED_GROUPS = 4  # COMPARED in gated_matmul.c
 
 # Workers of IREE claim workgroups one at a time as long as there are less than 8 for each of them, else 8 at a time.
 _WORKERS = os.cpu_count() or 1
@@ -260,7 +261,8 @@ def gated_multiply(call: LlmirCall, target: Target) -> dict[str, str]:
     """
     columns, depth = int(call.constant("out_features")), _quantized_depth(call.operands[0])
     groups = columns // GROUP
-    share = _share(groups)
+    # Kernels compare groups with their neighbours.
+    share = _share(-(-groups // _COMPARED_GROUPS)) * _COMPARED_GROUPS
     sizes = {"columns": columns, "depth": depth, "groups_per_workgroup": share}
     return _dispatch(gated_kernel(str(call.constant("format"))), call, target, sizes, -(-groups // share))
 

@@ -19,16 +19,12 @@ typedef union {
   float value;
 } float_bits;
 
-// The largest magnitude. Magnitudes are compared as integers, so that an infinity or a NaN comes out on top and ends in
-// the scale, where it spoils every product it should spoil.
-INLINE float_bits reach_of(values32 x) {
-  return (float_bits){reduce_max_i32(max_i32((i32x16)x.low & 0x7fffffff, (i32x16)x.high & 0x7fffffff))};
-}
-
 // Rounds to x = scale * code, and returns what the rounding left.
 INLINE values32 quantize_term(values32 x, activation_group* out) {
-  // Stage 1: how far the values reach.
-  float reach = reach_of(x).value;
+  // Stage 1: how far the values reach. Magnitudes are compared as integers, so that an infinity or a NaN comes out on top
+  // and ends in the scale, where it spoils every product it should spoil.
+  float_bits most = {reduce_max_i32(max_i32((i32x16)x.low & 0x7fffffff, (i32x16)x.high & 0x7fffffff))};
+  float reach = most.value;
   int is_zero = reach < SMALLEST_REACH;
   float inverse = is_zero ? 0.0f : 127.0f / reach;
   float scale = is_zero ? 0.0f : reach / 127.0f + (reach - reach);  // an infinity becomes a NaN
@@ -57,4 +53,25 @@ INLINE void quantize_group_twice(values32 x, size_t distance, activation_group* 
   values32 rest = quantize_term(x, out);
   out->has_rest = out->scale != 0.0f;
   if (out->has_rest) quantize_term(rest, out + distance);
+}
+
+// Which groups of a row, or of a part of it, need second records. What rounding does to the row's product with weights
+// grows with the square of a group's scale: a few groups with outliers make most of it. They are those whose scale is
+// more than twice the geometric mean over the groups that are finite and not zero, which outliers hardly move. The bits
+// of a float are close to its logarithm to base 2, times 2^23.
+INLINE int32_t most_usual_scale(const activation_group* record, size_t stride, size_t groups) {
+  const int32_t octave = 1 << 23, infinity = 0x7f800000;
+  int64_t sum = 0, count = 0;
+  for (size_t g = 0; g < groups; ++g, record += stride) {
+    float_bits scale = {.value = record->scale};
+    if (scale.bits == 0 || scale.bits >= infinity) continue;
+    sum += scale.bits;
+    ++count;
+  }
+  return count ? (int32_t)(sum / count) + octave : 0;
+}
+
+INLINE int is_outlier(const activation_group* record, int32_t most_usual) {
+  float_bits scale = {.value = record->scale};
+  return scale.bits > most_usual;
 }

@@ -35,34 +35,17 @@ INLINE values32 weigh(const float* x, float factor, const float* weight, size_t 
   return (values32){v.low * factor * w.low, v.high * factor * w.high};
 }
 
-// The reach from which on a group gets a second record: what rounding does to a row's product with a weight grows with
-// the square of a group's reach, so that the groups with outliers make most of it. That is 1.5 times the geometric mean
-// over the groups that are finite and not zero, which outliers hardly move. The bits of a float are close to its
-// logarithm to base 2, times 2^23.
-INLINE float_bits reach_of_outliers(const float* x, float factor, const float* weight, size_t groups) {
-  const float_bits smallest = {.value = SMALLEST_REACH};
-  const int32_t infinity = 0x7f800000;
-  const int32_t half_octave = 0x4ae000;  // log2(1.5) * 2^23
-  int64_t sum = 0, count = 0;
-  for (size_t g = 0; g < groups; ++g) {
-    int32_t bits = reach_of(weigh(x, factor, weight, g * GROUP)).bits;
-    if (bits < smallest.bits || bits >= infinity) continue;
-    sum += bits;
-    ++count;
-  }
-  return (float_bits){count ? (int32_t)(sum / count) + half_octave : 0};
-}
-
 INLINE void quantize_row(const float* x, float factor, const float* weight, const activations* out, size_t row) {
   size_t stride, distance = rest_distance(out->rows, out->groups);
-  activation_group* record = out->records + activation_index(out->rows, out->groups, row, &stride);
-  float_bits outlier = reach_of_outliers(x, factor, weight, out->groups);
+  activation_group* first = out->records + activation_index(out->rows, out->groups, row, &stride);
+  activation_group* record = first;
+  for (size_t g = 0; g < out->groups; ++g, record += stride) quantize_group(weigh(x, factor, weight, g * GROUP), record);
+
+  int32_t most_usual = most_usual_scale(first, stride, out->groups);
+  record = first;
   for (size_t g = 0; g < out->groups; ++g, record += stride) {
-    values32 v = weigh(x, factor, weight, g * GROUP);
-    if (reach_of(v).bits > outlier.bits)
-      quantize_group_twice(v, distance, record);
-    else
-      quantize_group(v, record);
+    if (is_outlier(record, most_usual))
+      quantize_group_twice(weigh(x, factor, weight, g * GROUP), distance, record);
   }
 }
 

@@ -186,7 +186,7 @@ class Kernels:
         )
         return y
 
-    def gated_matmul(self, weight_format, tiles, codes, rows, columns, depth, groups_per_workgroup=2):
+    def gated_matmul(self, weight_format, tiles, codes, rows, columns, depth, groups_per_workgroup=4):
         """Quantised activations of silu(gate) * up, from those of x and the tiles of gates and ups."""
         out = _codes(rows, columns)
         self.dispatch(

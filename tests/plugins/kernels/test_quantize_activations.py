@@ -25,19 +25,17 @@ def check(packed, x):
     codes = records["codes"].astype(np.int32)
     np.testing.assert_array_equal(records["start"], -8 * codes.sum(-1))
     np.testing.assert_array_equal(records["low_start"], -8 * codes[..., :16].sum(-1))
-    np.testing.assert_array_equal(first["has_rest"] != 0, reaches_far(x))
+    np.testing.assert_array_equal(first["has_rest"] != 0, is_outlier(first["scale"]))
 
 
-def reaches_far(x):
-    """Groups that reach further than 1.5 times the geometric mean over those of their row that are not zero.
+def is_outlier(scale):
+    """Groups whose scale is more than twice the geometric mean over those of their row that are not zero.
 
     Both are compared as the kernels do it, by the bits of floats.
     """
-    reach = np.abs(x.reshape(len(x), -1, 32)).max(-1)
-    is_zero = reach < np.float32(2.0**-120)
-    bits = np.ma.array(reach.view(np.int32).astype(np.int64), mask=is_zero)
-    limit = (bits.sum(-1) // np.maximum(bits.count(-1), 1)).filled(0) + 0x4AE000
-    return (reach.view(np.int32) > limit[:, None]) & ~is_zero
+    bits = np.ascontiguousarray(scale).view(np.int32).astype(np.int64)
+    mean = bits.sum(-1) // np.maximum((bits != 0).sum(-1), 1)
+    return (bits > mean[:, None] + 2**23) & (bits != 0)
 
 
 @pytest.mark.parametrize("columns", [32, 96, 2048])

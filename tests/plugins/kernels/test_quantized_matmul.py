@@ -11,7 +11,7 @@ import torch
 from llmir_iree.export.dequantize import dequantize
 from llmir_iree.params.formats import FORMATS
 from llmir_iree.params.layouts import pack_tile16
-from tests.plugins.kernels.conftest import dequantize_activations, rounding_bound
+from tests.plugins.kernels.conftest import dequantize_activations, read_records, rounding_bound
 
 ROWS = (1, 2, 3, 7, 8, 9, 31, 33)
 BLOCKED = ("q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
@@ -159,6 +159,24 @@ def test_gated(kernels, weight_format, rows):
         expected = gate(y.astype(np.float64))
         error = np.abs(dequantize_activations(packed, rows, columns) - expected)
         assert (error <= rounding_bound(expected) + 1e-6 * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_gated_outliers(kernels, rows):
+    """One large product among 8 groups: its group, no other, gets a second record, and keeps its digits."""
+    columns, outlier = 256, 200
+    planes, _ = random_weights("q8_0", 2 * columns, 64)
+    x = np.abs(np.random.default_rng(rows).standard_normal((rows, 64))).astype(np.float32)
+    planes["qs"][[outlier, columns + outlier]] = 100
+    planes["d"][[outlier, columns + outlier]] = 1.0
+    tiles = pack_tile16("q8_0", planes)
+    expected = gate(kernels.matmul("q8_0", tiles, x, 2 * columns).astype(np.float64))
+    packed = kernels.gated_matmul("q8_0", tiles, kernels.quantize(x), rows, columns, 64)
+    has_rest = read_records(packed, rows, columns)["has_rest"][..., 0] != 0
+    assert has_rest[:, 6].all()
+    assert not has_rest[:, [4, 5, 7]].any()
+    error = np.abs(dequantize_activations(packed, rows, columns) - expected)
+    assert (error <= rounding_bound(expected, has_rest) + 1e-6 * np.abs(expected)).all()
 
 
 def test_gates_of_any_size(kernels):
