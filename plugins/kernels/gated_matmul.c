@@ -5,8 +5,9 @@
 
 INLINE f32x16 silu(f32x16 x) { return x / (1.0f + exp_f32(-x)); }
 
-// Groups that are compared with each other to find outliers. Of a row's other groups, other workgroups know.
-enum { COMPARED = 4 };
+// Groups that are compared with each other to find outliers, and by which factor, 1.3, these stand out. Of a row's other
+// groups, other workgroups know.
+enum { COMPARED = 4, FACTOR = 3 << 20 };
 
 // All rows for the workgroup's groups of 32 columns: two tiles of gates and the two that go with them.
 INLINE void multiply(const format f, const matmul* m, activation_group* out, size_t first, size_t end) {
@@ -29,7 +30,7 @@ INLINE void multiply(const format f, const matmul* m, activation_group* out, siz
       if (compared < COMPARED && group + 1 < end) continue;
       for (size_t r = 0; r < rows; ++r) {
         activation_group* record = records + (group + 1 - compared) * stride + r;
-        int32_t most_usual = most_usual_scale(record, stride, compared);
+        int32_t most_usual = most_usual_scale(record, stride, compared, FACTOR);
         for (size_t g = 0; g < compared; ++g, record += stride) record->has_rest = is_outlier(record, most_usual);
       }
     }

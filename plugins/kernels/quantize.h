@@ -57,10 +57,10 @@ INLINE void quantize_group_twice(values32 x, size_t distance, activation_group* 
 
 // Which groups of a row, or of a part of it, need second records. What rounding does to the row's product with weights
 // grows with the square of a group's scale: a few groups with outliers make most of it. They are those whose scale is
-// more than twice the geometric mean over the groups that are finite and not zero, which outliers hardly move. The bits
-// of a float are close to its logarithm to base 2, times 2^23.
-INLINE int32_t most_usual_scale(const activation_group* record, size_t stride, size_t groups) {
-  const int32_t octave = 1 << 23, infinity = 0x7f800000;
+// above the geometric mean over the groups that are finite and not zero, which outliers hardly move, by a factor, given
+// as its logarithm to base 2, times 2^23. The bits of a float are close to that of the float.
+INLINE int32_t most_usual_scale(const activation_group* record, size_t stride, size_t groups, const int32_t factor) {
+  const int32_t infinity = 0x7f800000;
   int64_t sum = 0, count = 0;
   for (size_t g = 0; g < groups; ++g, record += stride) {
     float_bits scale = {.value = record->scale};
@@ -68,7 +68,7 @@ INLINE int32_t most_usual_scale(const activation_group* record, size_t stride, s
     sum += scale.bits;
     ++count;
   }
-  return count ? (int32_t)(sum / count) + octave : 0;
+  return count ? (int32_t)(sum / count) + factor : 0;
 }
 
 INLINE int is_outlier(const activation_group* record, int32_t most_usual) {

@@ -29,13 +29,13 @@ def check(packed, x):
 
 
 def is_outlier(scale):
-    """Groups whose scale is more than twice the geometric mean over those of their row that are not zero.
+    """Groups whose scale is above the geometric mean over those of their row that are not zero, by the root of two.
 
     Both are compared as the kernels do it, by the bits of floats.
     """
     bits = np.ascontiguousarray(scale).view(np.int32).astype(np.int64)
     mean = bits.sum(-1) // np.maximum((bits != 0).sum(-1), 1)
-    return (bits > mean[:, None] + 2**23) & (bits != 0)
+    return (bits > mean[:, None] + 2**22) & (bits != 0)
 
 
 @pytest.mark.parametrize("columns", [32, 96, 2048])
