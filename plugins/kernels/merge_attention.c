@@ -65,7 +65,11 @@ KERNEL void llmir_merge_attention_quantize(const float* restrict partials, size_
   size_t end = merge_columns(&p, row, first, columns_per_workgroup, merged);
   activation_group* record = (activation_group*)(output + output_offset) + activation_index(rows, groups, row, &stride);
   record += first / GROUP * stride;
-  // All groups get second records: they are few, and this product decides more than others about what follows.
-  for (size_t i = 0; i < end - first; i += GROUP, record += stride)
-    quantize_group_twice(load_values(merged + i), rest_distance(rows, groups), record);
+  size_t count = (end - first) / GROUP;
+  for (size_t g = 0; g < count; ++g) quantize_group(load_values(merged + g * GROUP), record + g * stride);
+  int32_t most_usual = most_usual_scale(record, stride, count, ROOT_OF_TWO);
+  for (size_t g = 0; g < count; ++g) {
+    if (is_outlier(record + g * stride, most_usual))
+      quantize_group_twice(load_values(merged + g * GROUP), rest_distance(rows, groups), record + g * stride);
+  }
 }

@@ -75,7 +75,8 @@ INLINE void multiply_records(const format f, const int tiles, const int records,
   }
 }
 
-// The same, and the second records of those that have one. Weights that are not kept are unpacked again for these.
+// The same, and the second records of those that have one. For one record alone weights are not kept, and unpacked again
+// if need be.
 INLINE void multiply_group(const format f, const int tiles, const int records, const int chains, const matmul* m,
                            const size_t* index, const int is_unpacked, weight_group* w, const activation_group* x,
                            f32x16 (*sums)[2]) {
@@ -83,7 +84,7 @@ INLINE void multiply_group(const format f, const int tiles, const int records, c
   UNROLL for (int i = 0; i < records; ++i) {
     if (__builtin_expect(x[i].has_rest, 0)) {
       const activation_group* rest = x + i + rest_distance(m->rows, m->groups);
-      multiply_records(f, tiles, 1, chains, m, index, is_unpacked, w, rest, sums + i);
+      multiply_records(f, tiles, 1, CHAINS, m, index, is_unpacked || records > 1, w, rest, sums + i);
     }
   }
 }

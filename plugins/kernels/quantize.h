@@ -59,6 +59,8 @@ INLINE void quantize_group_twice(values32 x, size_t distance, activation_group* 
 // grows with the square of a group's scale: a few groups with outliers make most of it. They are those whose scale is
 // above the geometric mean over the groups that are finite and not zero, which outliers hardly move, by a factor, given
 // as its logarithm to base 2, times 2^23. The bits of a float are close to that of the float.
+enum { ROOT_OF_TWO = 1 << 22 };
+
 INLINE int32_t most_usual_scale(const activation_group* record, size_t stride, size_t groups, const int32_t factor) {
   const int32_t infinity = 0x7f800000;
   int64_t sum = 0, count = 0;

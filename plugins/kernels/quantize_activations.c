@@ -41,8 +41,7 @@ INLINE void quantize_row(const float* x, float factor, const float* weight, cons
   activation_group* record = first;
   for (size_t g = 0; g < out->groups; ++g, record += stride) quantize_group(weigh(x, factor, weight, g * GROUP), record);
 
-  const int32_t root_of_two = 1 << 22;
-  int32_t most_usual = most_usual_scale(first, stride, out->groups, root_of_two);
+  int32_t most_usual = most_usual_scale(first, stride, out->groups, ROOT_OF_TWO);
   record = first;
   for (size_t g = 0; g < out->groups; ++g, record += stride) {
     if (is_outlier(record, most_usual))
