@@ -19,6 +19,8 @@ _TARGET_ATTRIBUTE = re.compile(
     r"(?:\"[^\"]*\"|#llvm\.target_features<\[[^\]]*\]>)"
 )
 _PASSTHROUGH = re.compile(r"\[\"(target-cpu|target-features|tune-cpu)\", \"[^\"]*\"\]")
+# The configuration of a target: `<"llvm-cpu", "embedded-elf-x86_64", {cpu = ..., native_vector_size = 64 : i64}>`.
+_TARGET = re.compile(r"(<\"[\w-]+\", \"[\w.-]+\"), \{(?:[^{}\"]|\"[^\"]*\"|\{(?:[^{}\"]|\"[^\"]*\")*\})*\}>")
 _HUGE_FUNCTION_LINES = 4000
 
 
@@ -54,6 +56,7 @@ def strip_prefixes(text: str) -> str:
 
 def mask_target(text: str) -> str:
     """A text that does not tell for which processor it is compiled."""
+    text = _TARGET.sub(r"\1, {...}>", text)
     return _PASSTHROUGH.sub(r'["\1", "..."]', _TARGET_ATTRIBUTE.sub(r'\1 = "..."', text))
 
 
@@ -102,12 +105,10 @@ def count_changes(diff: str) -> tuple[int, int]:
     return sum(line.startswith("+") for line in lines), sum(line.startswith("-") for line in lines)
 
 
-def first_hunk(diff: str, lines: int = 40) -> str:
-    """The first part of a unified diff, no longer than so many lines."""
+def head_of_diff(diff: str, lines: int = 40) -> str:
+    """The beginning of a unified diff, without its header, no longer than so many lines."""
     body = diff.splitlines()[2:]
-    end = next((index for index, line in enumerate(body[1:], 1) if line.startswith("@@")), len(body))
-    kept = body[: min(end, lines)]
-    return "\n".join([*kept, f"... {end - lines} lines more"] if end > lines else kept)
+    return "\n".join([*body[:lines], f"... {len(body) - lines} lines more"] if len(body) > lines else body)
 
 
 _Opcode = tuple[str, int, int, int, int]

@@ -1,0 +1,205 @@
+"""Finds the first pass at which two histories of a dispatch part for good."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from llmir_iree.tracing.ir_configs import LoweringConfig, describe_changes, find_configs
+from llmir_iree.tracing.ir_history import PROGRAM_LEVEL, Extent, IrHistory, IrStep
+from llmir_iree.tracing.ir_text import count_changes, head_of_diff, normalise, target_attributes, unified_diff
+
+TARGET_LEVEL = "target"
+
+# LLVM, of which MLIR's dumps show nothing, is called by this pass.
+_LLVM_PASS = "iree-hal-serialize-target-executables"
+_MOST_PASSES = 6
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two histories part.
+
+    Attributes:
+        pass_name, level: the pass that left something else on one side than on the other, or that only one side ran.
+            `level` is "program" where that happened before the dispatch was cut out of its program, and "target" where
+            the IR is the same to the end and only the processor differs that LLVM is told.
+        hunk: the first lines of a unified diff, from A's text to B's.
+        added, removed: lines of the whole diff.
+        only_a, only_b: passes that changed something on one side only, over the whole histories.
+        configs_a, configs_b: how each side is lowered.
+        ran: "both", "a" or "b": which side ran this pass.
+        is_input: the two differ before the first pass.
+        is_before_dispatch: found in the program around the dispatch, which differs as soon as it exists.
+    """
+
+    pass_name: str
+    level: str
+    hunk: str
+    added: int
+    removed: int
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    configs_a: tuple[LoweringConfig, ...]
+    configs_b: tuple[LoweringConfig, ...]
+    ran: str = "both"
+    is_input: bool = False
+    is_before_dispatch: bool = False
+
+    def summary(self) -> str:
+        """One line."""
+        if self.level == TARGET_LEVEL:
+            return f"the same IR after every pass; LLVM is told of another processor: {' '.join(self.hunk.split())}"
+        if self.is_input:
+            return f"part before the first pass: what iree-compile was given differs, +{self.added} -{self.removed}"
+        where = f"first parts at {self.pass_name}"
+        if self.is_before_dispatch:
+            where = f"differs as soon as it is cut out of its program, which {where}"
+        if self.ran != "both":
+            where += f", which only {self.ran.upper()} ran"
+        return f"{where}: {describe_changes(self.configs_a, self.configs_b) or f'+{self.added} -{self.removed} lines'}"
+
+
+def compare(a: IrHistory, b: IrHistory) -> Divergence | None:
+    """The first pass after which two histories differ and never agree again.
+
+    Passes are aligned by level and name. Values are renumbered, locations dropped and attributes of the target masked.
+    If the dispatches differ from their beginning, their programs are compared.
+
+    Returns:
+        None if there is no difference, nor in the target.
+
+    Raises:
+        CaptureError: a dump is gone.
+    """
+    found = _compare(a, b)
+    if found is None or not found.is_input or a.program_history is None or b.program_history is None:
+        return found
+    around = _compare(a.program_history, b.program_history)
+    if around is None or around.level == TARGET_LEVEL:
+        return replace(found, is_input=False)
+    return replace(around, level=PROGRAM_LEVEL, is_before_dispatch=True)
+
+
+def _compare(a: IrHistory, b: IrHistory) -> Divergence | None:
+    states = _States()
+    keys_a, keys_b = ([(step.level, step.pass_name) for step in history.steps] for history in (a, b))
+    opcodes = difflib.SequenceMatcher(a=keys_a, b=keys_b, autojunk=False).get_opcodes()
+    pairs = [
+        (i, j) for tag, i1, i2, j1, j2 in opcodes if tag == "equal" for i, j in zip(range(i1, i2), range(j1, j2))
+    ]
+    agreed = [pair for pair in pairs if states.agree(a.steps[pair[0]], b.steps[pair[1]])]
+    after_a, after_b = agreed[-1] if agreed else (-1, -1)
+    rest = next(_events(opcodes, after_a, after_b), None)
+    if rest is None:
+        return _compare_targets(a, b)
+    i, j = rest
+    step_a, step_b = (None if i is None else a.steps[i]), (None if j is None else b.steps[j])
+    shown = step_b or step_a
+    assert shown is not None
+    parts_a = step_a.parts if step_a else _parts_after(a, after_a)
+    parts_b = step_b.parts if step_b else _parts_after(b, after_b)
+    diff = states.diff(parts_a, parts_b)
+    added, removed = count_changes(diff)
+    return Divergence(
+        pass_name=shown.pass_name,
+        level=shown.level,
+        hunk=head_of_diff(diff),
+        added=added,
+        removed=removed,
+        only_a=tuple(step.pass_name for step in _unmatched(a.steps, opcodes, 1)),
+        only_b=tuple(step.pass_name for step in _unmatched(b.steps, opcodes, 3)),
+        configs_a=_configs(a, step_a),
+        configs_b=_configs(b, step_b),
+        ran="both" if step_a and step_b else "a" if step_a else "b",
+        is_input=not agreed and (i, j) == (0, 0),
+    )
+
+
+class _States:
+    """What parts of dispatches say, each text read once."""
+
+    def __init__(self) -> None:
+        self.texts: dict[Extent, str] = {}
+
+    def agree(self, a: IrStep, b: IrStep) -> bool:
+        """Whether two dispatches are the same after a pass; never where nothing is left to compare."""
+        return (
+            any(name.startswith("function") for name in a.parts)
+            and a.parts.keys() == b.parts.keys()
+            and all(self.text(a.parts[name]) == self.text(b.parts[name]) for name in a.parts)
+        )
+
+    def diff(self, a: Mapping[str, Extent], b: Mapping[str, Extent]) -> str:
+        """From one state to another, the parts that differ."""
+        # Functions last but shown first: they are what the dispatch does.
+        names = sorted({*a, *b}, key=lambda name: (not name.startswith("function"), name))
+        differing = [
+            name for name in names if name not in a or name not in b or self.text(a[name]) != self.text(b[name])
+        ]
+        before, after = (
+            "\n".join(parts[name].read() for name in differing if name in parts) for parts in (a, b)
+        )
+        return unified_diff(before, after, names=("a", "b"))
+
+    def text(self, extent: Extent) -> str:
+        """Normalised text of a part."""
+        if extent not in self.texts:
+            self.texts[extent] = normalise(extent.read())
+        return self.texts[extent]
+
+
+_Opcode = tuple[str, int, int, int, int]
+
+
+def _events(opcodes: Sequence[_Opcode], after_a: int, after_b: int) -> Iterator[tuple[int | None, int | None]]:
+    """Steps behind a pair of them, in order: of both sides, or of one, with None for the other."""
+    for tag, i1, i2, j1, j2 in opcodes:
+        ours = [i for i in range(i1, i2) if i > after_a]
+        theirs = [j for j in range(j1, j2) if j > after_b]
+        if tag == "equal":
+            yield from zip(ours, theirs, strict=True)
+        else:
+            yield from ((i, None) for i in ours)
+            yield from ((None, j) for j in theirs)
+
+
+def _unmatched(steps: Sequence[IrStep], opcodes: Sequence[_Opcode], column: int) -> Iterator[IrStep]:
+    for opcode in opcodes:
+        if opcode[0] != "equal":
+            begin, end = opcode[column : column + 2]
+            yield from steps[int(begin) : int(end)]
+
+
+def _parts_after(history: IrHistory, index: int) -> Mapping[str, Extent]:
+    return history.steps[index].parts if index >= 0 else {}
+
+
+def _configs(history: IrHistory, step: IrStep | None) -> tuple[LoweringConfig, ...]:
+    """How a dispatch is lowered: what stands in it after a pass, or when that was first decided."""
+    if not history.executable:
+        return ()
+    return next((found for other in (*([step] if step else ()), *history.steps) if (found := _configs_of(other))), ())
+
+
+def _configs_of(step: IrStep) -> tuple[LoweringConfig, ...]:
+    text = "\n".join(extent.read() for name, extent in step.parts.items() if name.startswith("function"))
+    return find_configs(text)
+
+
+def _compare_targets(a: IrHistory, b: IrHistory) -> Divergence | None:
+    ours, theirs = (
+        target_attributes("\n".join(extent.read() for step in history.steps[-1:] for extent in step.before.values()))
+        for history in (a, b)
+    )
+    lines = [
+        f"{name}: {ours.get(name, 'unset')} -> {theirs.get(name, 'unset')}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    if not lines:
+        return None
+    return Divergence(
+        _LLVM_PASS, TARGET_LEVEL, "\n".join(lines), 0, 0, (), (), _configs(a, None), _configs(b, None)
+    )
