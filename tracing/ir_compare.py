@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmir_iree.tracing.ir_configs import LoweringConfig, describe_changes, find_configs
-from llmir_iree.tracing.ir_history import PROGRAM_LEVEL, Extent, IrHistory, IrStep
+from llmir_iree.tracing.ir_history import PROGRAM_LEVEL, Extent, IrDump, IrHistory, IrStep
 from llmir_iree.tracing.ir_text import count_changes, head_of_diff, normalise, target_attributes, unified_diff
 
 TARGET_LEVEL = "target"
@@ -50,7 +50,7 @@ class Divergence:
     def summary(self) -> str:
         """One line."""
         if self.level == TARGET_LEVEL:
-            return f"the same IR after every pass; LLVM is told of another processor: {' '.join(self.hunk.split())}"
+            return f"the same IR after every pass; LLVM is told of another processor: {self.hunk.partition(chr(10))[0]}"
         if self.is_input:
             return f"part before the first pass: what iree-compile was given differs, +{self.added} -{self.removed}"
         where = f"first parts at {self.pass_name}"
@@ -76,10 +76,64 @@ def compare(a: IrHistory, b: IrHistory) -> Divergence | None:
     found = _compare(a, b)
     if found is None or not found.is_input or a.program_history is None or b.program_history is None:
         return found
-    around = _compare(a.program_history, b.program_history)
+    # What made the dispatches different ran before they were cut out; if nothing is to be seen there, look further.
+    around = _compare(_until(a.program_history, a.steps[0]), _until(b.program_history, b.steps[0])) or _compare(
+        a.program_history, b.program_history
+    )
     if around is None or around.level == TARGET_LEVEL:
         return replace(found, is_input=False)
     return replace(around, level=PROGRAM_LEVEL, is_before_dispatch=True)
+
+
+def compare_programs(a: IrDump, b: IrDump) -> Divergence | None:
+    """The first pass that made two programs different, without the insides of their dispatches.
+
+    It tells why a dispatch is on one side only.
+    """
+    others = {history.program: history for history in b.programs}
+    if len(a.programs) == len(b.programs) == 1:
+        pairs = [(a.programs[0], b.programs[0])]
+    else:
+        pairs = [(history, others[history.program]) for history in a.programs if history.program in others]
+    found = next((found for ours, theirs in pairs if (found := _compare(ours, theirs))), None)
+    return replace(found, level=PROGRAM_LEVEL) if found and found.level != TARGET_LEVEL else found
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Dispatches of two dumps: those that are the same by name, and those that only one side has."""
+
+    pairs: tuple[tuple[IrHistory, IrHistory], ...]
+    only_a: tuple[IrHistory, ...]
+    only_b: tuple[IrHistory, ...]
+
+
+def match_dispatches(a: IrDump, b: IrDump) -> Matching:
+    """Match dispatches by the names of their exports, then by those of their executables."""
+    rest_a, rest_b = list(a.dispatches), list(b.dispatches)
+    pairs: list[tuple[IrHistory, IrHistory]] = []
+    for names in (_full_name, _executable_name):
+        known = {names(history): history for history in rest_b}
+        found = [(history, known[names(history)]) for history in rest_a if names(history) in known]
+        pairs += found
+        rest_a = [history for history in rest_a if all(history is not ours for ours, _ in found)]
+        rest_b = [history for history in rest_b if all(history is not theirs for _, theirs in found)]
+    order = {id(history): index for index, history in enumerate(a.dispatches)}
+    pairs.sort(key=lambda pair: order[id(pair[0])])
+    return Matching(tuple(pairs), tuple(rest_a), tuple(rest_b))
+
+
+def _full_name(history: IrHistory) -> tuple[str, ...]:
+    return (history.program, *history.exports)
+
+
+def _executable_name(history: IrHistory) -> tuple[str, ...]:
+    return (history.program, history.executable)
+
+
+def _until(program: IrHistory, step: IrStep) -> IrHistory:
+    """A program's history before a step of one of its dispatches."""
+    return replace(program, steps=tuple(other for other in program.steps if other.round < step.round))
 
 
 def _compare(a: IrHistory, b: IrHistory) -> Divergence | None:
@@ -194,12 +248,23 @@ def _compare_targets(a: IrHistory, b: IrHistory) -> Divergence | None:
         for history in (a, b)
     )
     lines = [
-        f"{name}: {ours.get(name, 'unset')} -> {theirs.get(name, 'unset')}"
+        f"{name}: {_describe(ours.get(name, 'unset'), theirs.get(name, 'unset'))}"
         for name in dict.fromkeys([*ours, *theirs])
         if ours.get(name) != theirs.get(name)
     ]
     if not lines:
         return None
+    lines.sort(key=len)  # The processor's name before its features.
     return Divergence(
         _LLVM_PASS, TARGET_LEVEL, "\n".join(lines), 0, 0, (), (), _configs(a, None), _configs(b, None)
     )
+
+
+def _describe(ours: str, theirs: str) -> str:
+    """One value and another, of a list of features only what differs."""
+    if "," not in ours + theirs:
+        return f"{ours} -> {theirs}"
+    features, others = ours.split(","), theirs.split(",")
+    only_ours = ",".join(name for name in features if name not in others)
+    only_theirs = ",".join(name for name in others if name not in features)
+    return f"{only_ours or 'nothing'} -> {only_theirs or 'nothing'}"

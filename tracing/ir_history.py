@@ -76,6 +76,7 @@ class IrStep:
         printed: where what was printed stands; of a pass of the whole program, the part that belongs here.
         parts: where each part of the dispatch stands after it, by name, none of them in another.
         before: the same, before it.
+        round: how many times the whole program had been printed when it ran, which orders steps of all histories.
     """
 
     pass_name: str
@@ -84,6 +85,7 @@ class IrStep:
     printed: Extent
     parts: Mapping[str, Extent]
     before: Mapping[str, Extent]
+    round: int = 0
 
     @property
     def text(self) -> str:
@@ -224,6 +226,7 @@ class _Shown:
     printed: Extent
     parts: Mapping[str, tuple[bytes, Extent]]
     is_whole: bool
+    round: int
 
 
 @dataclass
@@ -247,7 +250,9 @@ class _Unit:
             return
         changed = {name: extent for name, (digest, extent) in shown.parts.items() if digest != self.digests.get(name)}
         parts = {name: changed[name] if name in changed else self.parts[name] for name in digests}
-        self.steps.append(IrStep(shown.pass_name, shown.options, shown.level, shown.printed, parts, self.parts))
+        self.steps.append(
+            IrStep(shown.pass_name, shown.options, shown.level, shown.printed, parts, self.parts, shown.round)
+        )
         self.digests, self.parts = digests, parts
 
 
@@ -260,6 +265,7 @@ class _Program:
         self.units: dict[str, _Unit] = {}
         # The first to have an export or a function keeps it: linked executables repeat those of all others.
         self.unit_of_function: dict[str, _Unit] = {}
+        self.round = 0
         self.waiting: list[tuple[str, _Shown]] = []
         self.seen: OrderedDict[tuple[bytes, bytes], bytes] = OrderedDict()
 
@@ -297,6 +303,7 @@ class _Program:
 
     def _enter_program(self, dump: Dump, top: Scope) -> None:
         self._flush()
+        self.round += 1
         head = dump.body[: top.begin]
         level = dump.anchor or PROGRAM_LEVEL
         if level == "builtin.module" and dump.symbol == top.symbol and dump.executable is None and top.symbol:
@@ -364,7 +371,7 @@ class _Program:
         self, dump: Dump, level: str, printed: Scope, top: Scope, unit: _Unit, head: bytes, is_whole: bool
     ) -> _Shown:
         parts = self._parts(dump, top, unit, head)
-        return _Shown(dump.pass_name, dump.options, level, _extent(dump, printed, head), parts, is_whole)
+        return _Shown(dump.pass_name, dump.options, level, _extent(dump, printed, head), parts, is_whole, self.round)
 
     def _parts(self, dump: Dump, top: Scope, unit: _Unit, head: bytes) -> dict[str, tuple[bytes, Extent]]:
         """The parts that a scope of a dump holds: their digests, and where they stand."""

@@ -107,8 +107,13 @@ def count_changes(diff: str) -> tuple[int, int]:
 
 def head_of_diff(diff: str, lines: int = 40) -> str:
     """The beginning of a unified diff, without its header, no longer than so many lines."""
-    body = diff.splitlines()[2:]
+    body = [shorten(line) for line in diff.splitlines()[2:]]
     return "\n".join([*body[:lines], f"... {len(body) - lines} lines more"] if len(body) > lines else body)
+
+
+def shorten(line: str, columns: int = 400) -> str:
+    """A line that is no longer than so many columns; its middle, often a constant, is left out."""
+    return line if len(line) <= columns else f"{line[: columns // 2]} ... {line[-columns // 2 + 5 :]}"
 
 
 _Opcode = tuple[str, int, int, int, int]
