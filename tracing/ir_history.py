@@ -340,17 +340,8 @@ class _Program:
             # Functions of a whole program are known as well, but it is not entered by its parts.
             return None if known is self.own else known
         if known is None and top.is_function:
-            if top.op in ("func.func", "llvm.func") and self.own.steps == [] and top.symbol:
-                return self._lone(top.symbol)
             return self.own
         return known
-
-    def _lone(self, function: str) -> _Unit:
-        """A function whose program was not printed: taken for the dispatch that it most likely is."""
-        unit = self._executable(function)
-        unit.exports = [function]
-        self.unit_of_function[function] = unit
-        return unit
 
     def _executable(self, symbol: str) -> _Unit:
         if symbol in self.units:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 _ALIAS = re.compile(r"^([#!][A-Za-z_]\w*) = ", re.MULTILINE)
 _ALIAS_USE = re.compile(r"[#!][A-Za-z_]\w*(?![\w.<])")
-_LOCATION = re.compile(r" ?\bloc\((?:[^()\"]|\"[^\"]*\"|\((?:[^()\"]|\"[^\"]*\"|\((?:[^()\"]|\"[^\"]*\")*\))*\))*\)")
-_LOCATION_ALIAS = re.compile(r"^#loc\d* = .*\n?", re.MULTILINE)
+_LOCATION = re.compile(r" loc\((?:[^()\"]|\"[^\"]*\"|\((?:[^()\"]|\"[^\"]*\"|\((?:[^()\"]|\"[^\"]*\")*\))*\))*\)")
 # A value, or a block, by its name: `%arg0`, `%12#1`, `^bb3`.
 _VALUE = re.compile(r"%[\w$.-]+|\^bb\d+")
 _PREFIX = re.compile(r"[#!][A-Za-z_]\w*(?:\.\w+)*<")
@@ -44,9 +43,7 @@ def inline_aliases(text: str, aliases: Mapping[str, str]) -> str:
 
 def strip_locations(text: str) -> str:
     """A text without `loc(...)`."""
-    if "loc" not in text:
-        return text
-    return _LOCATION.sub("", _LOCATION_ALIAS.sub("", text))
+    return _LOCATION.sub("", text) if " loc(" in text else text
 
 
 def strip_prefixes(text: str) -> str:
