@@ -3,15 +3,18 @@
 A log is what `--mlir-print-ir-after-all` writes to stderr. MLIR holds a lock while it prints one dump, so dumps of a
 compilation with many threads come in mixed order, but each of them whole. The folder is that of
 `--mlir-print-ir-tree-dir`: a file a dump, in folders named after the ops around it, with a number for every level in
-front of the pass, which put in order give the order of execution.
+front of the pass, which put in order give the order of execution. Either may be compressed by gzip.
 """
 
 from __future__ import annotations
 
+import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from llmir_iree.tracing.capture import CaptureError
 
@@ -25,11 +28,14 @@ _HEADER = re.compile(
     r"(?: \((?P<old>[\w.-]+)\)| (?P<argument>[\w.-]+)(?P<options>\{.*\})?)?"
     r"(?: \('(?P<op>[\w.]+)' operation(?:: @(?P<symbol>.+?))?\))?(?: Failed)? //-----"
 )
-_TREE_FILE = re.compile(r"((?:\d+_)+)(.+)\.mlir")
+_TREE_FILE = re.compile(r"((?:\d+_)+)(.+)\.mlir(?:\.gz)?")
 _TREE_EXECUTABLE = re.compile(r"(?:flow|stream|hal)_executable_(.+)")
 
 _CHUNK = 1 << 22
 _LONGEST_LINE = 1 << 20
+_COMPRESSION = 3
+# What reading may end in; the last two come of a compressed file that is torn.
+READ_ERRORS = (OSError, EOFError, zlib.error)
 # More than a module without its constants takes. MLIR prints resources behind the module, where they may be cut off.
 _LARGEST_BODY = 48 << 20
 
@@ -76,12 +82,25 @@ def read_tree(roots: Iterable[Path]) -> Iterator[Dump]:
     """Dumps of `--mlir-print-ir-tree-dir`, in the order of execution; of executables side by side, one by one."""
     files = []
     for root in roots:
-        for file in root.rglob("*.mlir"):
+        for file in root.rglob("*.mlir*"):
             if match := _TREE_FILE.fullmatch(file.name):
                 files.append((tuple(map(int, match[1].split("_")[:-1])), file.relative_to(root.parent), file))
     for _, path, file in sorted(files):
         executables = (match[1] for part in path.parts if (match := _TREE_EXECUTABLE.fullmatch(part)))
         yield from _read(file, next(executables, None))
+
+
+def compress_tree(folder: Path) -> None:
+    """Compress each file of a folder of dumps in its place, to a tenth of its size or less."""
+    for file in list(folder.rglob("*.mlir")):
+        data = gzip.compress(file.read_bytes(), _COMPRESSION, mtime=0)
+        file.with_name(file.name + ".gz").write_bytes(data)
+        file.unlink()
+
+
+def open_dump(file: Path) -> BinaryIO:
+    """Open a file of dumps for reading, compressed or not."""
+    return cast(BinaryIO, gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
 
 
 def read_log(file: Path) -> Iterator[Dump]:
@@ -105,7 +124,7 @@ def _cut(file: Path) -> Iterator[tuple[bytes, int, bytes]]:
     kept = bytearray()
     begin = base = 0
     try:
-        with file.open("rb") as stream:
+        with open_dump(file) as stream:
             while chunk := stream.read(_CHUNK) + stream.readline(_LONGEST_LINE):
                 position = 0
                 while (found := chunk.find(_MARK, position)) >= 0:
@@ -119,8 +138,8 @@ def _cut(file: Path) -> Iterator[tuple[bytes, int, bytes]]:
                     begin = base + position
                 _keep(kept, chunk[position:])
                 base += len(chunk)
-    except OSError as error:
-        raise CaptureError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except READ_ERRORS as error:
+        raise CaptureError(f"{file}: cannot be read: {error}") from None
     if header:
         yield header, begin, bytes(kept)
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llmir_iree.tracing.capture import MANIFEST_NAME, CaptureError
-from llmir_iree.tracing.ir_dump import HOW_TO_DUMP, Dump, find_trees, read_log, read_tree
+from llmir_iree.tracing.ir_dump import HOW_TO_DUMP, READ_ERRORS, Dump, find_trees, open_dump, read_log, read_tree
 from llmir_iree.tracing.ir_scopes import Scope, find_exports, find_scopes, own_text, stand_alone
 from llmir_iree.tracing.ir_text import (
     count_changes,
@@ -49,11 +49,13 @@ class Extent:
             CaptureError: the file is gone or shorter than it was.
         """
         try:
-            with self.file.open("rb") as stream:
-                data = _read_at(stream.fileno(), self.offset, self.size)
-                head = _read_at(stream.fileno(), *self.aliases)
-        except OSError as error:
-            raise CaptureError(f"{self.file}: cannot be read: {error.strerror or error}") from None
+            with open_dump(self.file) as stream:
+                stream.seek(self.aliases[0])
+                head = stream.read(self.aliases[1])
+                stream.seek(self.offset)
+                data = stream.read(self.size)
+        except READ_ERRORS as error:
+            raise CaptureError(f"{self.file}: cannot be read: {error}") from None
         if len(data) < self.size or len(head) < self.aliases[1]:
             raise CaptureError(f"{self.file}: has become shorter since it was opened")
         position = self.offset
@@ -427,12 +429,6 @@ def _extent(dump: Dump, scope: Scope, head: bytes, with_children: bool = True) -
         (dump.offset, len(head)) if head else (0, 0),
         tuple(holes),
     )
-
-
-def _read_at(descriptor: int, offset: int, size: int) -> bytes:
-    from os import pread
-
-    return pread(descriptor, size, offset)
 
 
 def _hash(data: bytes) -> bytes:
