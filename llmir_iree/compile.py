@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +22,14 @@ from llmir_iree.targets import Target
 TIMEOUT_S = 1800
 _STDERR_LINES = 12
 
+# Only what changed, and no constants: of a model's weights nothing is left, of a table of its own the shape.
+_DUMP_FLAGS = (
+    "--mlir-print-ir-after-all",
+    "--mlir-print-ir-after-change",
+    "--mlir-elide-resource-strings-if-larger=64",
+    "--mlir-elide-elementsattrs-if-larger=64",
+)
+
 
 def compile_bundle(
     bundle: Bundle,
@@ -27,6 +37,7 @@ def compile_bundle(
     extra_flags: Sequence[str] = (),
     implementations: Preference = "best",
     passes: Sequence[str] = (),
+    dump_ir: Path | None = None,
 ) -> TargetInfo:
     """Compile prefill and decode for a target, side by side, and enter the modules in the manifest.
 
@@ -36,19 +47,22 @@ def compile_bundle(
         extra_flags: more flags for iree-compile, after those of the target.
         implementations: which implementations may stand in for the model's ops.
         passes: which passes of the plugin run, see `llmir_iree.plugins.pipeline.select_passes`.
+        dump_ir: a folder to make, for the IR after each pass of iree-compile that changed something, a folder a phase
+            in it. The modules are the same with it as without.
 
     Returns:
         What the manifest now says of the target.
 
     Raises:
         BundleError: a portable module is missing or was changed.
-        CompileError: iree-compile failed; the message tells how to repeat it. Or a pass that does not exist.
+        CompileError: iree-compile failed; the message tells how to repeat it. Or a pass that does not exist. Or the
+            folder for the IR is there already.
     """
     folder = bundle.path(target.folder)
     folder.mkdir(exist_ok=True)
     flagged = replace(target, flags=(*target.flags, *extra_flags))
-    with ThreadPoolExecutor(len(PHASES)) as pool:
-        compiled = pool.map(lambda phase: _compile_phase(bundle, phase, flagged, implementations, passes), PHASES)
+    with _new_folder(dump_ir) as dump, ThreadPoolExecutor(len(PHASES)) as pool:
+        compiled = pool.map(lambda phase: _compile_phase(bundle, phase, flagged, implementations, passes, dump), PHASES)
         modules = dict(zip(PHASES, compiled, strict=True))
     info = TargetInfo(
         target=target.name,
@@ -90,10 +104,35 @@ def compile_mlir(text: str, output: Path, flags: Iterable[str]) -> None:
     source.unlink(missing_ok=True)
 
 
+@contextmanager
+def _new_folder(folder: Path | None) -> Iterator[Path | None]:
+    """A folder beside that which is asked for, which takes its place when all went well."""
+    if folder is None:
+        yield None
+        return
+    if folder.exists():
+        raise CompileError(f"{folder}: is there already; name a new folder for the IR")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _compile_phase(
-    bundle: Bundle, phase: Phase, target: Target, implementations: Preference, passes: Sequence[str]
+    bundle: Bundle,
+    phase: Phase,
+    target: Target,
+    implementations: Preference,
+    passes: Sequence[str],
+    dump: Path | None,
 ) -> ModuleInfo:
     from llmir_iree.plugins.pipeline import lower
+    from llmir_iree.tracing.ir_dump import compress_tree
+    from llmir_iree.tracing.recorded_modules import MODULE_NAME
 
     portable = bundle.manifest.portable[phase]
     source = bundle.path(portable.file)
@@ -102,8 +141,9 @@ def _compile_phase(
     merged = bundle.manifest.parameters.merged
     lowered = lower(source.read_text(encoding="utf-8"), target, implementations, merged=merged, passes=passes)
     file = f"{target.folder}/{phase}.vmfb"
-    compile_mlir(lowered.text, bundle.path(file), target.flags)
-    return ModuleInfo(
+    dump_flags = () if dump is None else (*_DUMP_FLAGS, f"--mlir-print-ir-tree-dir={dump / phase}")
+    compile_mlir(lowered.text, bundle.path(file), (*target.flags, *dump_flags))
+    module = ModuleInfo(
         file=file,
         sha256=file_sha256(bundle.path(file)),
         flags=target.flags,
@@ -111,6 +151,10 @@ def _compile_phase(
         implementations=lowered.implementations,
         portable_sha256=portable.sha256,
     )
+    if dump is not None:
+        compress_tree(dump / phase)
+        (dump / phase / MODULE_NAME).write_text(module.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return module
 
 
 def _failure(command: list[str], reason: str, stderr: str) -> str:

@@ -140,9 +140,7 @@ def _compare(a: IrHistory, b: IrHistory) -> Divergence | None:
     states = _States()
     keys_a, keys_b = ([(step.level, step.pass_name) for step in history.steps] for history in (a, b))
     opcodes = difflib.SequenceMatcher(a=keys_a, b=keys_b, autojunk=False).get_opcodes()
-    pairs = [
-        (i, j) for tag, i1, i2, j1, j2 in opcodes if tag == "equal" for i, j in zip(range(i1, i2), range(j1, j2))
-    ]
+    pairs = [(i1 + n, j1 + n) for tag, i1, i2, j1, _ in opcodes if tag == "equal" for n in range(i2 - i1)]
     agreed = [pair for pair in pairs if states.agree(a.steps[pair[0]], b.steps[pair[1]])]
     after_a, after_b = agreed[-1] if agreed else (-1, -1)
     rest = next(_events(opcodes, after_a, after_b), None)
@@ -192,9 +190,7 @@ class _States:
         differing = [
             name for name in names if name not in a or name not in b or self.text(a[name]) != self.text(b[name])
         ]
-        before, after = (
-            "\n".join(parts[name].read() for name in differing if name in parts) for parts in (a, b)
-        )
+        before, after = ("\n".join(parts[name].read() for name in differing if name in parts) for parts in (a, b))
         return unified_diff(before, after, names=("a", "b"))
 
     def text(self, extent: Extent) -> str:
@@ -255,9 +251,7 @@ def _compare_targets(a: IrHistory, b: IrHistory) -> Divergence | None:
     if not lines:
         return None
     lines.sort(key=len)  # The processor's name before its features.
-    return Divergence(
-        _LLVM_PASS, TARGET_LEVEL, "\n".join(lines), 0, 0, (), (), _configs(a, None), _configs(b, None)
-    )
+    return Divergence(_LLVM_PASS, TARGET_LEVEL, "\n".join(lines), 0, 0, (), (), _configs(a, None), _configs(b, None))
 
 
 def _describe(ours: str, theirs: str) -> str:

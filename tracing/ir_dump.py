@@ -80,11 +80,12 @@ def find_trees(folder: Path) -> dict[str, list[Path]]:
 
 def read_tree(roots: Iterable[Path]) -> Iterator[Dump]:
     """Dumps of `--mlir-print-ir-tree-dir`, in the order of execution; of executables side by side, one by one."""
-    files = []
-    for root in roots:
-        for file in root.rglob("*.mlir*"):
-            if match := _TREE_FILE.fullmatch(file.name):
-                files.append((tuple(map(int, match[1].split("_")[:-1])), file.relative_to(root.parent), file))
+    files = [
+        (tuple(map(int, match[1].split("_")[:-1])), file.relative_to(root.parent), file)
+        for root in roots
+        for file in root.rglob("*.mlir*")
+        if (match := _TREE_FILE.fullmatch(file.name))
+    ]
     for _, path, file in sorted(files):
         executables = (match[1] for part in path.parts if (match := _TREE_EXECUTABLE.fullmatch(part)))
         yield from _read(file, next(executables, None))

@@ -241,6 +241,7 @@ class _Unit:
     parts: dict[str, Extent] = field(default_factory=dict)
     steps: list[IrStep] = field(default_factory=list)
     is_linked: bool = False
+    is_merged: bool = False
 
     def update(self, shown: _Shown) -> None:
         """Enter what a dump says of some of the parts, or of all; it is a step if one of them is new."""
@@ -280,7 +281,7 @@ class _Program:
         dispatches = (
             IrHistory(unit.name, tuple(unit.exports), self.name, tuple(unit.steps), program)
             for unit in self.units.values()
-            if unit.exports and unit.steps
+            if unit.exports and unit.steps and not unit.is_merged
         )
         return [program, *dispatches]
 
@@ -318,6 +319,10 @@ class _Program:
             printed = anchors[0] if is_nested and anchors else scope
             unit_level = PROGRAM_LEVEL if is_nested and not anchors else level
             unit.update(self._show(dump, unit_level, printed, scope, unit, head, is_whole=True))
+        if present := {scope.symbol for scope in executables}:
+            for unit in self.units.values():
+                # Of equal dispatches the compiler keeps one.
+                unit.is_merged = unit.is_merged or not (unit.is_linked or unit.name in present)
         self._learn(self.own, top)
         self.own.update(self._show(dump, level, top, top, self.own, head, is_whole=True))
 

@@ -43,7 +43,7 @@ class Scope:
         return self.op.endswith(".func")
 
     def walk(self) -> list[Scope]:
-        """This scope, and all in it."""
+        """The scope itself, and all in it."""
         return [self, *(scope for child in self.children for scope in child.walk())]
 
 

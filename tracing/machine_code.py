@@ -30,7 +30,9 @@ def find_llvm(folder: Path, functions: tuple[str, ...]) -> str:
             text = file.read_text(encoding="utf-8", errors="replace")
             for name in functions:
                 quoted = re.escape(name)
-                if found := re.search(rf'^define [^\n]*@(?:"{quoted}"|{quoted})\(.*?^}}', text, re.MULTILINE | re.DOTALL):
+                if found := re.search(
+                    rf'^define [^\n]*@(?:"{quoted}"|{quoted})\(.*?^}}', text, re.MULTILINE | re.DOTALL
+                ):
                     return found[0] + "\n"
     hint = _HOW_TO_KEEP.format(kind="intermediates")
     raise CaptureError(f"{folder}: no .ll file defines {functions[0]}; {hint}")
@@ -55,7 +57,9 @@ def find_assembly(folder: Path, functions: tuple[str, ...]) -> str:
         raise CaptureError(f"{folder}: no .s file and no binary holds {functions[0]}; {hint}")
     objdump = shutil.which("objdump")
     if objdump is None:
-        raise CaptureError(f"{folder}: a binary is here, but no program that disassembles it: install binutils' objdump")
+        raise CaptureError(
+            f"{folder}: a binary is here, but no program that disassembles it: install binutils' objdump"
+        )
     for binary in binaries:
         for low, high in _find_ranges(objdump, binary, functions):
             return _run(
@@ -67,7 +71,7 @@ def find_assembly(folder: Path, functions: tuple[str, ...]) -> str:
 def _find_ranges(objdump: str, binary: Path, functions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Addresses of functions: the binary has no symbols of them, its debug information does."""
     for entry in _ENTRY.findall(_run([objdump, "--dwarf=info", binary])):
-        is_named = any(re.search(rf"DW_AT_(?:linkage_)?name .*: {re.escape(name)}$", entry, re.M) for name in functions)
+        is_named = not {line.rpartition(": ")[2] for line in entry.splitlines()}.isdisjoint(functions)
         low, high = _LOW.search(entry), _HIGH.search(entry)
         if is_named and low and high:
             yield int(low[1], 16), int(low[1], 16) + int(high[1], 16)
@@ -75,7 +79,9 @@ def _find_ranges(objdump: str, binary: Path, functions: tuple[str, ...]) -> Iter
 
 def _run(command: list[str | Path]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, errors="replace"
+        )
     except subprocess.TimeoutExpired:
         raise CaptureError(f"{command[0]}: no end after {_TIMEOUT_S} s on {command[-1]}") from None
     if done.returncode != 0:

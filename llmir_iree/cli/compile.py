@@ -38,10 +38,17 @@ def _list_passes(ctx: click.Context, _param: click.Parameter, value: bool) -> No
 @click.argument("iree_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- IREE_COMPILE_FLAG...]")
 @click.option("--list-targets", is_flag=True, is_eager=True, expose_value=False, callback=_list_targets)
 @click.option("--list-passes", is_flag=True, is_eager=True, expose_value=False, callback=_list_passes)
+@click.option(
+    "--dump-ir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write the IR after each pass that changed something; llmir-trace ir and ir-diff read it.",
+)
 @compile_options
 def main(
     bundle: Path,
     iree_flags: tuple[str, ...],
+    dump_ir: Path | None,
     targets: tuple[str, ...],
     implementations: Any,
     passes: tuple[str, ...],
@@ -52,10 +59,13 @@ def main(
     """Compile the portable modules of BUNDLE; flags after -- go to iree-compile."""
     from llmir_iree.bundle import Bundle
     from llmir_iree.compile import compile_bundle
+    from llmir_iree.params.errors import RequestError
     from llmir_iree.plugins.pipeline import select_passes
     from llmir_iree.targets import resolve_target
 
     select_passes(passes)
+    if dump_ir is not None and len(targets) > 1:
+        raise RequestError("--dump-ir takes the IR of one target: name one with --target")
     resolved = tuple(resolve_target(name) for name in targets)
     opened = Bundle.open(bundle)
     compiled = []
@@ -63,7 +73,7 @@ def main(
         report = progress.reporter()
         for target in resolved:
             report.stage(f"compiling for {target.name}")
-            compiled.append(compile_bundle(opened, target, iree_flags, implementations, passes))
+            compiled.append(compile_bundle(opened, target, iree_flags, implementations, passes, dump_ir))
     if verbose:
         show_flags(compiled)
     if as_json:
