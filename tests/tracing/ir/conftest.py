@@ -1,0 +1,70 @@
+"""A program of two dispatches, and what iree-compile prints of it in every way that it can print."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from iree.compiler.tools.binaries import find_tool
+
+PROGRAM = """
+module @small {
+  func.func @main(%x: tensor<8x64xf32>, %w: tensor<64x64xf32>) -> tensor<8x64xf32> {
+    %zero = arith.constant 0.0 : f32
+    %empty = tensor.empty() : tensor<8x64xf32>
+    %fill = linalg.fill ins(%zero : f32) outs(%empty : tensor<8x64xf32>) -> tensor<8x64xf32>
+    %product = linalg.matmul ins(%x, %w : tensor<8x64xf32>, tensor<64x64xf32>)
+                             outs(%fill : tensor<8x64xf32>) -> tensor<8x64xf32>
+    %soft = linalg.softmax dimension(1) ins(%product : tensor<8x64xf32>)
+                                        outs(%empty : tensor<8x64xf32>) -> tensor<8x64xf32>
+    return %soft : tensor<8x64xf32>
+  }
+}
+"""
+TARGET = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
+# The choice of tile sizes depends on it, so the tests must not depend on the machine that they run on.
+CPU = "--iree-llvmcpu-target-cpu=x86-64-v4"
+
+MATMUL = "main_dispatch_0_matmul_8x64x64_f32"
+SOFTMAX = "main_dispatch_1_softmax_8x64xf32_dispatch_tensor_store"
+
+Compile = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def compile_program(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Compile it with more flags; `{}` in one of them is a folder, which is given back, with `log` in it of stderr."""
+    compiler = str(Path(find_tool("iree-compile")).resolve())
+    source = tmp_path_factory.mktemp("program") / "small.mlir"
+    source.write_text(PROGRAM)
+
+    def run(*flags: str, cpu: str = CPU) -> Path:
+        folder = tmp_path_factory.mktemp("ir")
+        command = [compiler, str(source), "-o", str(folder / "small.vmfb"), *TARGET, cpu]
+        with (folder / "log").open("wb") as log:
+            flags = tuple(flag.format(folder) for flag in flags)
+            subprocess.run([*command, *flags], stderr=log, timeout=120, check=True)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tree(compile_program: Compile) -> Path:
+    return compile_program("--mlir-print-ir-after-all", "--mlir-print-ir-tree-dir={}/tree") / "tree"
+
+
+@pytest.fixture(scope="session")
+def changes(compile_program: Compile) -> Path:
+    """A folder of those passes alone that changed something."""
+    folder = compile_program(
+        "--mlir-print-ir-after-all", "--mlir-print-ir-after-change", "--mlir-print-ir-tree-dir={}/tree"
+    )
+    return folder / "tree"
+
+
+@pytest.fixture(scope="session")
+def threaded_log(compile_program: Compile) -> Path:
+    return compile_program("--mlir-print-ir-after-all") / "log"
