@@ -55,6 +55,8 @@ def find_scopes(text: bytes) -> list[Scope]:
     for match in _HEAD.finditer(text):
         begin = match.start()  # Without the added byte, the first of the line.
         closing = text.find(b"\n" + match[1] + b"}", match.end())
+        if closing < 0 and not tops:
+            return []  # All that follows stands in it, and would look like outermost scopes.
         if closing < 0:
             continue
         end = text.find(b"\n", closing + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from llmir_iree.tracing.ir_compare import compare, compare_programs, match_dispatches
 from llmir_iree.tracing.ir_history import IrDump
 
@@ -63,7 +64,8 @@ def test_another_processor_parts_at_the_choice_of_tiles(base: IrDump, compile_pr
     assert found.summary().startswith(
         "first parts at iree-llvmcpu-select-lowering-strategy: tile sizes of linalg.matmul: "
     )
-    assert "-  %" in found.hunk and "+  %" in found.hunk
+    assert "-  %" in found.hunk
+    assert "+  %" in found.hunk
     assert "iree-llvmcpu-peel" in found.only_b
     ours, theirs = (
         next(config for config in configs if config.op == "linalg.matmul")
@@ -100,7 +102,7 @@ def test_what_a_pass_of_the_program_did_is_found_there(base: IrDump, compile_pro
         "iree-global-opt-generalize-linalg-named-ops",
         "b",
     )
-    assert "+  %3 = linalg.generic" in found.hunk
+    assert " = linalg.generic" in found.hunk
     assert compare(*matching.pairs[1]) is None
 
 
@@ -119,10 +121,8 @@ def test_another_program_parts_before_the_first_pass(base: IrDump, tmp_path: Pat
     for file in changes.rglob("*.mlir"):
         copy = root / file.relative_to(changes)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(file.read_text().replace("linalg.softmax", "linalg.other"))
-    other = IrDump.open(root)
-    found = compare(base.find(SOFTMAX), other.find(SOFTMAX))
+        copy.write_text(file.read_text().replace("f32", "f64"))
+    found = compare(base.find("main_dispatch_1"), IrDump.open(root).find("main_dispatch_1"))
     assert found is not None
     assert found.is_input
-    assert found.summary() == "part before the first pass: what iree-compile was given differs, +1 -1"
-    assert compare(base.find(MATMUL), other.find(MATMUL)) is None
+    assert found.summary().startswith("part before the first pass: what iree-compile was given differs, +")
