@@ -128,7 +128,7 @@ class Zones:
 
 @dataclass(frozen=True)
 class TracyDispatch:
-    """One run of a dispatch on the CPU.
+    """One run of a dispatch.
 
     Attributes:
         key: name of the executable's export.
@@ -214,22 +214,45 @@ class TracyFile:
         return zones.take(rows[np.argsort(zones.start[rows], kind="stable")])
 
     def dispatches(self) -> list[TracyDispatch]:
-        """Runs of dispatches, by their start.
+        """Runs of dispatches, by their start; those on GPUs have a zone each.
 
-        A run is made of the zones of one name that follow each other on whatever threads, as long as a thread turned
-        to the dispatch before the others were done with it. Where a dispatch runs twice at once, that is seen as one.
+        A run on the CPU is made of the zones of one name that follow each other on whatever threads, as long as every
+        thread turned to the dispatch before the others were done with it. A dispatch that runs twice at once is seen
+        as one run.
         """
+        found = [*self._runs(), *self._gpu_dispatches()]
+        return sorted(found, key=lambda dispatch: dispatch.start_ns)
+
+    def _runs(self) -> Iterator[TracyDispatch]:
         zones, parents = self.dispatch_zones, self.cpu_zones
-        runs: list[_Run] = []
+        runs: dict[_Run, None] = {}
         latest: dict[int, _Run] = {}
+        by_parent: dict[tuple[int, int], _Run] = {}
         columns = (zones.name, zones.start, zones.end, zones.parent, parents.start[zones.parent])
         for name, start, end, parent, entered in zip(*(column.tolist() for column in columns), strict=True):
-            run = latest.get(name)
-            if run is None or (parent not in run.parents and entered >= run.end):
-                latest[name] = run = _Run(name, start)
-                runs.append(run)
-            run.add(end, end - start, parent)
-        return [TracyDispatch(self.names[run.name], run.start, run.end, run.tile_ns, run.zones) for run in runs]
+            last = latest.get(name)
+            run = by_parent.get((name, parent)) if parent >= 0 else None
+            if run is None and last is not None and entered < last.end:
+                run = last
+            if run is None:
+                run = _Run(name, start)
+                runs[run] = None
+            elif last is not None and run is not last:
+                # What seemed a new run had begun while no other thread was inside one of this run's zones.
+                run.absorb(last)
+                by_parent.update(((name, other), run) for other in last.parents)
+                del runs[last]
+            latest[name] = by_parent[name, parent] = run
+            run.add(end, parent, end - start)
+        for run in runs:
+            yield TracyDispatch(self.names[run.name], run.start, run.end, run.tile_ns, run.zones)
+
+    def _gpu_dispatches(self) -> Iterator[TracyDispatch]:
+        zones = self.gpu_zones
+        is_compiled = np.array([not it.function.startswith(_RUNTIME_PREFIX) for it in self.locations], bool)
+        zones = zones.take(np.flatnonzero(is_compiled[zones.location] & zones.has_ended)) if len(zones) else zones
+        for name, start, end in zip(zones.name.tolist(), zones.start.tolist(), zones.end.tolist(), strict=True):
+            yield TracyDispatch(self.names[name], start, end, end - start, 1)
 
     def _totals(self, zones: Zones, process: int, where: str) -> Iterator[ZoneTotal]:
         zones = zones.take(zones.has_ended)
@@ -280,12 +303,19 @@ class _Run:
         self.zones = 0
         self.parents: set[int] = set()
 
-    def add(self, end: int, tile_ns: int, parent: int) -> None:
+    def add(self, end: int, parent: int, tile_ns: int) -> None:
         """Add a zone."""
         self.end = max(self.end, end)
         self.tile_ns += tile_ns
         self.zones += 1
         self.parents.add(parent)
+
+    def absorb(self, other: _Run) -> None:
+        """Add all that another run has."""
+        self.end = max(self.end, other.end)
+        self.tile_ns += other.tile_ns
+        self.zones += other.zones
+        self.parents |= other.parents
 
 
 def read_tracy(file: Path) -> TracyFile:
