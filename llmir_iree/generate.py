@@ -22,6 +22,7 @@ from llmir_iree.sampling import Sampler, SamplingParams
 from llmir_iree.session import Row, RowResult, Session
 from llmir_iree.stop_text import StopText
 from llmir_iree.tokenizer import Message, TextStream, Tokenizer
+from llmir_iree.zones import frame_mark, message, zone
 
 FinishReason = Literal["stop", "length"]
 
@@ -190,15 +191,25 @@ class LLM:
         return _Run(index, prompt, params, most, self._eos_token_ids, self.tokenizer.stream(), is_chat)
 
     def _serve(self, runs: list[_Run]) -> Iterator[Token]:
-        """The central loop: let prompts in while there is room, then advance all that run by one token."""
+        """The central loop: let prompts in while there is room, then advance all that run by one token.
+
+        Requests overlap, and consumers take turns, so that none can be a zone: messages tell where each begins and
+        ends.
+        """
         waiting, running = deque(runs), list[_Run]()
         try:
             while waiting or running:
                 while waiting and self._admit(waiting[0], running):
                     run = waiting.popleft()
                     running.append(run)
-                    yield from self._advance(self.session.prefill, [run])
-                yield from self._advance(self.session.decode, [run for run in running if not run.is_finished])
+                    message(f"request {run.index} begins: {len(run.prompt)} tokens in the prompt")
+                    with zone("prefill", f"request {run.index}"):
+                        tokens = self._advance(self.session.prefill, [run])
+                    yield from tokens
+                with zone("step"):
+                    tokens = self._advance(self.session.decode, [run for run in running if not run.is_finished])
+                frame_mark("step")
+                yield from tokens
                 running = [run for run in running if not run.is_finished]
         finally:  # Also when the consumer stops early.
             for run in runs:
@@ -258,6 +269,7 @@ class LLM:
         tokens = [run.report(seconds, weights + per_token * len(run.sequence or ())) for run in runs]
         for run in runs:
             if run.is_finished:
+                message(f"request {run.index} ends: {run.usage.completion_tokens} tokens, {run.finish_reason}")
                 self._close(run)
         return tokens
 
@@ -303,13 +315,15 @@ class _Run:
 
     def take(self, result: RowResult) -> None:
         """Choose the next token, and see whether it is the last."""
-        token = result.next_token if self._sampler is None else self._sampler.sample(result.logits())
+        with zone("sample"):
+            token = result.next_token if self._sampler is None else self._sampler.sample(result.logits())
         self._tokens.append(token)
         if token in self._eos_token_ids:
             self.finish_reason = "stop"
             self._text = ""
         else:
-            self._text = self._stop_text.push(self._decoder.push(token))
+            with zone("detokenise"):
+                self._text = self._stop_text.push(self._decoder.push(token))
             if len(self._tokens) == self.most_tokens:
                 self.finish_reason = "length"
         if self.is_finished:

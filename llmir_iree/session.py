@@ -21,6 +21,7 @@ from llmir_iree.machine import available_memory
 from llmir_iree.pages import PADDING_PAGE, PagePool, Sequence
 from llmir_iree.params.errors import BundleError, LlmirError, RequestError, TargetError
 from llmir_iree.scheduling import behind_workers
+from llmir_iree.zones import zone
 
 IntArray = npt.NDArray[np.int32]
 
@@ -302,7 +303,7 @@ class Session:
         arguments.push_ref(self._cache)
         results = rt.VmVariantList(3)
         try:
-            with behind_workers():
+            with behind_workers(), zone(function.name):
                 self._context.invoke(function, arguments, results)
         except _IREE_ERRORS as error:
             raise LlmirError(f"{phase} for batch size {batch_size} failed: {_first_line(error)}") from None
