@@ -157,6 +157,7 @@ class TracyFile:
     Attributes:
         path: of the file.
         program, pid: what was traced.
+        host: what Tracy knows of the machine, under such names as "CPU", "CPU cores" and "RAM".
         threads: those that had zones.
         locations, names: what zones refer to; a name is the zone's own, or else that of its location.
         cpu_zones, gpu_zones: all zones.
@@ -169,6 +170,7 @@ class TracyFile:
     path: Path
     program: str
     pid: int
+    host: Mapping[str, str]
     threads: tuple[Thread, ...]
     locations: tuple[SourceLocation, ...]
     names: tuple[str, ...]
@@ -410,7 +412,7 @@ class _Payload:
 
     def read(self) -> TracyFile:
         """Read all sections up to the zones of GPUs."""
-        program, pid = self._read_header()
+        program, pid, host = self._read_header()
         frames = self._read_frames()
         self._read_strings()
         self._skip_threads()
@@ -424,6 +426,7 @@ class _Payload:
             path=self._file,
             program=program,
             pid=pid,
+            host=host,
             threads=threads,
             locations=tuple(self._locations),
             names=tuple(self._names),
@@ -434,8 +437,8 @@ class _Payload:
             frames={self._strings.get(name, "") if name else "Frame": rows for name, rows in frames},
         )
 
-    def _read_header(self) -> tuple[str, int]:
-        """Name and number of the program."""
+    def _read_header(self) -> tuple[str, int, dict[str, str]]:
+        """Name and number of the program, and what is known of the machine."""
         if self._bytes(len(_PAYLOAD_MAGIC)) != _PAYLOAD_MAGIC:
             raise CaptureError(f"{self._file}: not a Tracy file")
         version = self._take("BBB")
@@ -447,7 +450,7 @@ class _Payload:
         self._text()  # The capture's name.
         program = self._text()
         self._skip(8 + 8)  # When it was captured, and built.
-        self._text()  # The host.
+        host = dict(line.split(": ", 1) for line in self._text().splitlines() if ": " in line)
         for _package in self._times():
             self._skip(4)
             for _die in self._times():
@@ -456,7 +459,7 @@ class _Payload:
                     self._skip(4)
                     self._skip(4 * self._one("Q"))
         self._skip(28)  # Where it crashed.
-        return program, pid
+        return program, pid, host
 
     def _read_frames(self) -> list[tuple[int, Int64Array]]:
         """Sets of frames: reference to the name, and times."""
