@@ -23,7 +23,8 @@ _NOTHING = nullcontext()
 def zone(name: str, text: str = "") -> AbstractContextManager[None]:
     """Something for a `with` statement: all that happens inside is one zone, at the caller's place in the source.
 
-    Zones have to end in the thread in which they began, the last one first: there may be no `yield` inside.
+    Zones have to end in the thread in which they began, the last one first, or recording hangs: there may be no `yield`
+    inside.
 
     Args:
         name: what it is called; one of few, as the client keeps every one.

@@ -484,7 +484,7 @@ class _Payload:
             self._texts.append(self._text())
             by_pointer[pointer] = self._texts[-1]
         pairs = self._table(self._one("Q"), [("id", "<u8"), ("pointer", "<u8")])
-        self._strings = {key: by_pointer.get(pointer, "") for key, pointer in pairs.tolist()}
+        self._strings: dict[int, str] = {key: by_pointer.get(pointer, "") for key, pointer in pairs.tolist()}
         pairs = self._table(self._one("Q"), [("id", "<u8"), ("pointer", "<u8")])
         self._thread_names = {key: by_pointer.get(pointer, "") for key, pointer in pairs.tolist()}
 
@@ -535,7 +535,8 @@ class _Payload:
         known = np.full(len(self._texts) + 1, -1, np.int64)
         for number in np.unique(numbers[numbers > 0]).tolist():
             known[number] = self._names.setdefault(self._texts[number - 1], len(self._names))
-        return known[numbers]
+        rows: Int64Array = known[numbers]
+        return rows
 
     def _read_cpu_zones(self, extra_names: Int64Array) -> tuple[tuple[Thread, ...], Zones]:
         promised, _with_children, count = self._take("QQQ")
@@ -662,10 +663,11 @@ class _Payload:
         np.cumsum(times, out=times)
         start, end = times[start_at], times[end_at]
 
-        # Locations made while the program ran have the numbers -1, -2 and so on.
+        made = len(self._locations) - self._numbered
+        if count and not -made <= location.min() <= location.max() < self._numbered:
+            raise _TornError(f"a zone refers to a source location outside {-made} to {self._numbered - 1}")
+        # Those made while the program ran have the numbers -1, -2 and so on.
         location = np.where(location >= 0, location, self._numbered - 1 - location)
-        if count and location.max() >= len(self._locations):
-            raise _TornError(f"a zone refers to source location {location.max()}, there are {len(self._locations)}")
         duration = np.where((start >= 0) & (end >= start), end - start, 0)
         is_inside = tree.parent >= 0
         # Sums of ns are exact in floats up to 2**53, about 100 days.
