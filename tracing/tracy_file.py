@@ -703,7 +703,8 @@ class _Payload:
             return self._strings.get(value)
         if value >= len(self._texts):
             raise _TornError(f"it refers to string {value}, there are {len(self._texts)}")
-        return self._texts[value]
+        text: str = self._texts[value]
+        return text
 
     def _table(self, count: int, fields: list[tuple[str, str]]) -> npt.NDArray[Any]:
         kind = np.dtype(fields)
