@@ -117,24 +117,23 @@ def record_generate(
 
 
 def _calls(trace: TracyFile, functions: set[str]) -> list[Call]:
-    """Calls of the bundle's functions: the session's zones, which bear their names."""
+    """Calls of the bundle's functions that came to an end: the session's zones, which bear their names."""
     rows = [row for row, name in enumerate(trace.names) if name in functions]
     zones = trace.cpu_zones.take(np.isin(trace.cpu_zones.name, rows) & trace.cpu_zones.has_ended)
+    columns = (zones.name, zones.start, zones.duration_ns)
     return [
         Call(process=0, call=index, function=trace.names[name], start_ns=start, wall_ns=wall)
-        for index, (name, start, wall) in enumerate(
-            zip(zones.name.tolist(), zones.start.tolist(), zones.duration_ns.tolist(), strict=True)
-        )
+        for index, (name, start, wall) in enumerate(zip(*(column.tolist() for column in columns), strict=True))
     ]
 
 
 def _dispatches(trace: TracyFile, calls: list[Call]) -> Iterator[DispatchRun]:
-    """Dispatches of the calls: each belongs to the last one that had begun. Those of loading come before the first."""
+    """Dispatches that lie in a call. Those of loading come before the first, those of a crash after the last."""
     starts = [call.start_ns for call in calls]
     sites: Counter[int] = Counter()
     for dispatch in trace.dispatches():
         index = bisect_right(starts, dispatch.start_ns) - 1
-        if index < 0:
+        if index < 0 or dispatch.start_ns >= starts[index] + calls[index].wall_ns:
             continue
         yield DispatchRun(
             process=0,

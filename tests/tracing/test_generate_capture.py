@@ -9,6 +9,7 @@ import pytest
 
 from llmir_iree.bundle import Bundle
 from llmir_iree.params.errors import BundleError
+from llmir_iree.tracing import generate_capture
 from llmir_iree.tracing.capture import Call, Capture, CaptureError, DispatchRun, MachineInfo, ZoneTotal
 from llmir_iree.tracing.generate_capture import record_generate
 from llmir_iree.tracing.tracy_file import read_tracy
@@ -83,6 +84,34 @@ def test_the_manifest_says_what_was_recorded(capture: Capture, smollm2_bundle: B
     modules = smollm2_bundle.target().modules
     assert manifest.modules == {info.file: info.sha256 for info in modules.values()}
     assert set(manifest.missing) == {"ireeprof", "ir", "workgroups"}
+
+
+def test_a_crash_leaves_the_calls_before_it(
+    smollm2_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ends inside the fourth call, after its dispatches, and leaves the client time to send what it has.
+    crash = """
+import contextlib, os, time
+from llmir_iree import session
+zone, calls = session.zone, []
+@contextlib.contextmanager
+def crash(name):
+    with zone(name):
+        yield
+        calls.append(name)
+        if len(calls) == 4:
+            time.sleep(0.5)
+            os.kill(os.getpid(), 9)
+session.zone = crash
+"""
+    monkeypatch.setattr(generate_capture, "_PROGRAM", crash + generate_capture._PROGRAM)
+    output = tmp_path / "x.llmtrace"
+    capture = record_generate(smollm2_bundle.folder, output, prompt="a", max_tokens=TOKENS, timeout_s=60)
+    assert "killed by SIGKILL" in capture.manifest.missing["end"]
+    assert [call.function for call in capture.read(Call)] == ["prefill_bs1", "decode_bs1", "decode_bs1"]
+    runs = Counter(run.call for run in capture.read(DispatchRun))
+    assert set(runs) == {0, 1, 2}
+    assert runs[1] == runs[2]
 
 
 def test_a_capture_is_not_replaced_unasked(capture: Capture, smollm2_bundle: Bundle) -> None:

@@ -5,6 +5,7 @@ import json
 import random
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +89,9 @@ def payload(
     gpu: list[Node] | None = None,
     version: tuple[int, ...] = FILE_VERSION,
     promised: int | None = None,
+    timeline: bytes | None = None,
 ) -> bytes:
-    """All sections up to the zones of GPUs."""
+    """All sections up to the zones of GPUs; `timeline` stands for the zones of all threads if given."""
     parts = [b"tracy", bytes(version)]
     parts.append(struct.pack("<QQdqQQq", 0, 0, 1.0, 0, 0, 77, 0) + bytes(18))
     host = b"OS: some\nCPU: a core\nCPU cores: 3\n"
@@ -126,7 +128,7 @@ def payload(
     written = sum(1 for roots in threads.values() for root in roots for _ in root)
     parts.append(u64(written if promised is None else promised, 0, len(threads)))
     for thread, roots in threads.items():
-        parts.append(struct.pack("<QQQBi", thread, 0, 0, 0, 0) + cpu_zones(roots, Steps()))
+        parts.append(struct.pack("<QQQBi", thread, 0, 0, 0, 0) + (timeline or cpu_zones(roots, Steps())))
         parts += [u64(1), bytes(8), u64(2), bytes(22), u64(1), bytes(11)]
     parts.append(u64(sum(1 for root in gpu or [] for node in root if node.start >= 0), 0, 0 if gpu is None else 1))
     if gpu is not None:
@@ -263,6 +265,24 @@ def test_zones_of_a_gpu(write: Callable[..., Path]) -> None:
         ("main", "main.cc:7"),
     ]
     assert [(run.key, run.duration_ns) for run in read.dispatches()] == [("compiled", 40)]
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_million_zones_take_seconds(tmp_path: Path, is_nested: bool) -> None:
+    roots = 500_000 if is_nested else 1_000_000
+    leaf = struct.pack("<hqIIq", -1, 1, 0, 0, 2)
+    one = struct.pack("<hqII", 1, 1, 0, 1) + leaf + struct.pack("<q", 3) if is_nested else leaf
+    timeline = struct.pack("<I", roots) + one * roots
+    file = tmp_path / "many.tracy"
+    file.write_bytes(container(payload({42: []}, promised=1_000_000, timeline=timeline), block=1 << 16))
+    start = time.perf_counter()
+    read = read_tracy(file)
+    totals = read.zone_totals(0)
+    # A fifth of that on a machine that has nothing else to do.
+    assert time.perf_counter() - start < 5
+    sums = {total.name: (total.count, total.total_ns, total.self_ns) for total in totals}
+    nested = {"main": (500_000, 3_000_000, 2_000_000), "compiled": (500_000, 1_000_000, 1_000_000)}
+    assert sums == (nested if is_nested else {"compiled": (1_000_000, 2_000_000, 2_000_000)})
 
 
 def test_a_file_without_zones(write: Callable[..., Path]) -> None:
