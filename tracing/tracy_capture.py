@@ -146,13 +146,13 @@ class _Attempt:
         Returns:
             None if another program listens on the port.
         """
-        address = ("-a", _ADDRESS, "-p", str(self.port))
+        capture_command = (str(self.tool), "-f", "-o", str(self.output), "-a", _ADDRESS, "-p", str(self.port))
         client = {**environment, **_CLIENT_ENVIRONMENT, "TRACY_PORT": str(self.port)}
         with tempfile.TemporaryDirectory(prefix="llmir-tracy-") as folder:
             logs = Path(folder)
             with (
-                _running((str(self.tool), "-f", "-o", str(self.output), *address), environment, logs, "") as capture,
-                _running(self.command, client, logs, stdin) as program,
+                _running(capture_command, environment, logs / "capture", "") as capture,
+                _running(self.command, client, logs / "program", stdin) as program,
             ):
                 self._follow(program, capture)
                 exit_code = program.end()
@@ -248,9 +248,9 @@ class _Child:
 
 
 @contextmanager
-def _running(command: Sequence[str], environment: Mapping[str, str], logs: Path, stdin: str) -> Iterator[_Child]:
+def _running(command: Sequence[str], environment: Mapping[str, str], log: Path, stdin: str) -> Iterator[_Child]:
     """A child that does not outlive the block."""
-    child = _Child(command, environment, logs / Path(command[0]).name, stdin)
+    child = _Child(command, environment, log, stdin)
     try:
         yield child
     finally:
