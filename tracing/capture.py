@@ -65,8 +65,12 @@ class CaptureManifest(_Record):
         functions: those that were called.
         batch_size, context: of a bundle's phase: sequences, and tokens in the cache before the first call.
         processes: how many ran, one after the other; a row names its own by number.
+        warm_up_calls: calls at the beginning of each process that met cold caches, and that tables leave out.
+        clock_ns: of each process, what all its calls took together by its own clock.
+        shapes: of the arguments of every call, None for one that is not known; empty if none is.
         device: IREE device URI.
         target, flags: the compiled target's name and iree-compile's flags for it, as far as they are known.
+        passes: of the plugin, that a bundle's module went through before iree-compile; empty for another module.
         versions: of the packages that took part, by name.
         modules: sha256 of each compiled module, by file name.
         sources: what was captured.
@@ -81,9 +85,13 @@ class CaptureManifest(_Record):
     batch_size: int | None = None
     context: int | None = None
     processes: int = Field(ge=0)
+    warm_up_calls: int = 0
+    clock_ns: tuple[int, ...] = ()
+    shapes: tuple[tuple[int, ...] | None, ...] = ()
     device: str
     target: str | None = None
     flags: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     versions: dict[str, str]
     modules: dict[str, str]
     machine: MachineInfo

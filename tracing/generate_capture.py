@@ -7,21 +7,17 @@ which the runs of a dispatch are put together; how many workgroups there were, t
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from llmir_iree.bundle import Bundle
 from llmir_iree.tracing.capture import (
-    MANIFEST_NAME,
     Call,
     Capture,
     CaptureError,
@@ -31,13 +27,13 @@ from llmir_iree.tracing.capture import (
     ZoneTotal,
     write_rows,
 )
+from llmir_iree.tracing.record import capture_in_place, package_versions
 from llmir_iree.tracing.tracy_capture import TracedProgram, record_tracy
 from llmir_iree.tracing.tracy_file import TracyFile, read_tracy
 
 # The command line of this project, which stands above this folder: named, not imported.
 _PROGRAM = "from llmir_iree.cli.run import main; main(prog_name='llmir-run')"
 
-_PACKAGES = ("llmir-iree", "iree-base-compiler", "iree-base-runtime")
 _MISSING = {
     "ireeprof": "IREE's Python runtime does not write it; record a prefill or a decode for it",
     "ir": "not a part of this recording; record a prefill or a decode for it",
@@ -87,7 +83,7 @@ def record_generate(
     if device is not None:
         options.append(f"--device={device}")
     command = [sys.executable, "-c", _PROGRAM, str(opened.folder.absolute()), *options]
-    with _capture_in_place(output, force) as folder:
+    with capture_in_place(output, force=force) as folder:
         file = folder / "process-0.tracy"
         program = record_tracy(command, file, timeout_s=timeout_s, stdin=prompt)
         trace = read_tracy(file)
@@ -106,7 +102,7 @@ def record_generate(
             device=device or compiled.driver,
             target=compiled.target,
             flags=compiled.modules["decode"].flags,
-            versions={name: version(name) for name in _PACKAGES},
+            versions=package_versions(),
             modules={info.file: info.sha256 for info in compiled.modules.values()},
             machine=_machine(trace) if machine is None else machine(),
             sources=("tracy",),
@@ -161,25 +157,3 @@ def _failure(program: TracedProgram) -> str:
     """Why nothing was called: the program's last line says so."""
     *_, last = ["no message", *program.stderr.strip().splitlines()]
     return f"the generation ended before its first call (exit code {program.exit_code}): {last.strip()}"
-
-
-@contextmanager
-def _capture_in_place(output: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well, and vanishes when it does not."""
-    if output.exists() and not (output / MANIFEST_NAME).is_file():
-        raise CaptureError(f"{output}: exists and is not a capture; name another folder, or remove it first")
-    if output.exists() and not force:
-        raise CaptureError(f"{output}: exists; name another folder, or remove it first")
-    partial = output.absolute().with_name(f".{output.name}.partial-{os.getpid()}")
-    replaced = partial.with_name(f".{output.name}.replaced-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            output.rename(replaced)
-        partial.rename(output)
-    except OSError as error:
-        raise CaptureError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)

@@ -115,7 +115,7 @@ session.zone = crash
 
 
 def test_a_capture_is_not_replaced_unasked(capture: Capture, smollm2_bundle: Bundle) -> None:
-    with pytest.raises(CaptureError, match="exists; name another folder"):
+    with pytest.raises(CaptureError, match="exists; --force replaces it"):
         record_generate(smollm2_bundle.folder, capture.folder, prompt="a", max_tokens=1, timeout_s=60)
 
 
