@@ -1,0 +1,144 @@
+"""Slowdowns that were planted in a small module: the comparison names the dispatch, and the pass that made it slow."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from llmir_iree.cli.trace import main
+from llmir_iree.tracing.capture import Capture, DispatchRun, write_rows
+
+MODULE = """
+func.func @main(%x: tensor<64x256xf32>, %w: tensor<256x512xf32>, %v: tensor<512x384xf32>) -> tensor<64x384xf32> {
+  %zero = arith.constant 0.0 : f32
+  %empty = tensor.empty() : tensor<64x512xf32>
+  %init = linalg.fill ins(%zero : f32) outs(%empty : tensor<64x512xf32>) -> tensor<64x512xf32>
+  %first = linalg.matmul ins(%x, %w : tensor<64x256xf32>, tensor<256x512xf32>) outs(%init : tensor<64x512xf32>)
+      -> tensor<64x512xf32>
+  %weights = linalg.softmax dimension(1) ins(%first : tensor<64x512xf32>) outs(%empty : tensor<64x512xf32>)
+      -> tensor<64x512xf32>
+  %out = tensor.empty() : tensor<64x384xf32>
+  %out_init = linalg.fill ins(%zero : f32) outs(%out : tensor<64x384xf32>) -> tensor<64x384xf32>
+  %second = linalg.matmul ins(%weights, %v : tensor<64x512xf32>, tensor<512x384xf32>)
+      outs(%out_init : tensor<64x384xf32>) -> tensor<64x384xf32>
+  return %second : tensor<64x384xf32>
+}
+"""
+INPUTS = ("64x256xf32=0.1", "256x512xf32=0.1", "512x384xf32=0.1")
+SLOW = "matmul_like 64x384x512"
+
+# Tiles of one row and two columns for the second matmul, which no one would choose.
+TUNING_SPEC = """
+module @spec attributes { transform.with_named_sequence, iree_codegen.tuning_spec_with_default_entrypoint } {
+  transform.named_sequence @apply_op_config(%op: !transform.any_op {transform.readonly},
+                                            %config: !transform.any_param {transform.readonly}) {
+    transform.annotate %op "compilation_info" = %config : !transform.any_op, !transform.any_param
+    transform.yield
+  }
+  transform.named_sequence @match(%op: !transform.any_op {transform.readonly})
+      -> (!transform.any_op, !transform.any_param) {
+    transform.match.operation_name %op ["linalg.generic"] : !transform.any_op
+    %right = transform.get_operand %op[1] : (!transform.any_op) -> !transform.any_value
+    transform.iree.match.cast_compatible_type %right = tensor<512x384xf32> : !transform.any_value
+    %config = transform.param.constant #iree_codegen.compilation_info<
+      lowering_config = #iree_cpu.lowering_config<distribution = [8, 8, 0], vector_common_parallel = [1, 2, 0],
+                                                  vector_reduction = [0, 0, 1]>,
+      translation_info = #iree_codegen.translation_info<pipeline = #iree_cpu.pipeline<DoubleTilingExpert>>>
+      -> !transform.any_param
+    transform.yield %op, %config : !transform.any_op, !transform.any_param
+  }
+  transform.named_sequence @__kernel_config(%variant: !transform.any_op {transform.consumed})
+      -> !transform.any_op attributes { iree_codegen.tuning_spec_entrypoint } {
+    %result = transform.foreach_match in %variant @match -> @apply_op_config : (!transform.any_op) -> !transform.any_op
+    transform.yield %result : !transform.any_op
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sequence[str]], Path]:
+    """Records the module, compiled with more flags."""
+    folder = tmp_path_factory.mktemp("explain")
+    (folder / "module.mlir").write_text(MODULE)
+    (folder / "spec.mlir").write_text(TUNING_SPEC)
+
+    def run(name: str, flags: Sequence[str]) -> Path:
+        output = folder / f"{name}.llmtrace"
+        inputs = [argument for value in INPUTS for argument in ("--input", value)]
+        options = ["--device", "local-sync", "--runs", "10", "--processes", "3", "--quiet", "-o", str(output)]
+        flags = [flag.replace("SPEC", str(folder / "spec.mlir")) for flag in flags]
+        done = CliRunner().invoke(main, ["record", str(folder / "module.mlir"), *inputs, *options, "--", *flags])
+        assert done.exit_code == 0, done.output
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(record: Callable[[str, Sequence[str]], Path]) -> Path:
+    return record("base", ())
+
+
+def compare(a: Path, b: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["diff", str(a), str(b), "--explain", *options])
+
+
+def explanation(done: Result, label: str) -> dict[str, Any]:
+    found = {entry["label"]: entry for entry in json.loads(done.stdout)["explanations"]}
+    assert label in found
+    entry: dict[str, Any] = found[label]
+    return entry
+
+
+def test_a_bad_tile_size(record: Callable[[str, Sequence[str]], Path], base: Path) -> None:
+    slow = record("tuned", ["--iree-codegen-tuning-spec-path=SPEC"])
+    done = compare(base, slow, "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    [function] = result["functions"]
+    assert function["rows"][0]["label"] == SLOW
+    assert function["rows"][0]["share"] > 0.8
+    found = explanation(done, SLOW)
+    assert found["pass"] == "iree-codegen-materialize-tuning-specs"
+    assert "-> [1, 2, 0]" in found["reason"]
+    assert f"of it in {SLOW} (workgroups " in result["summary"][0]
+    assert "-> [1, 2, 0]" in result["summary"][0]
+    gate = compare(base, slow, "--fail-if-slower", "20")
+    assert gate.exit_code == 1
+    assert "first parts at iree-codegen-materialize-tuning-specs, which only B ran" in gate.stdout
+
+
+def test_another_processor(record: Callable[[str, Sequence[str]], Path], base: Path) -> None:
+    done = compare(base, record("generic", ["--iree-llvmcpu-target-cpu=generic"]), "--json")
+    assert done.exit_code == 0, done.output
+    assert "flags only in A: none; only in B: --iree-llvmcpu-target-cpu=generic" in json.loads(done.stdout)["notes"]
+    found = explanation(done, SLOW)
+    assert found["pass"] == "iree-llvmcpu-select-lowering-strategy"
+    assert "vector_common_parallel" in found["hunk"]
+
+
+def test_nothing_changed(base: Path) -> None:
+    done = compare(base, base)
+    assert done.exit_code == 0, done.output
+    assert "no change of the whole is called" in done.stdout
+    assert "first parts at" not in done.stdout
+
+
+def test_a_pass_of_the_plugin(base: Path, tmp_path: Path) -> None:
+    """Another plugin's pass gave iree-compile another module, so that a dispatch of A does not exist in B."""
+    captures = [Capture.open(shutil.copytree(base, tmp_path / f"{side}.llmtrace")) for side in "ab"]
+    changed = [
+        Capture.create(capture.folder, capture.manifest.model_copy(update={"passes": passes}))
+        for capture, passes in zip(captures, (("fold-silu-mul", "split-argmax"), ("split-argmax",)), strict=True)
+    ]
+    kept = [run for run in changed[1].read(DispatchRun) if "softmax" not in run.key]
+    write_rows(changed[1].folder, DispatchRun, kept)
+    done = compare(changed[0].folder, changed[1].folder)
+    assert done.exit_code == 0, done.output
+    told = "only A has this dispatch: first parts at the passes of the plugin: only A ran fold-silu-mul"
+    assert told in done.stdout
