@@ -22,6 +22,8 @@ _MOST_WEIGHT = 0.2
 _MIN_REFERENCES = 3
 _AGREEMENT = 0.6
 _ALIKE = float(np.log(1.02))
+# A drift beyond this has to show: where noise is wide enough to agree with anything, it also agrees with a drift.
+_LARGE_DRIFT = float(np.log(1.1))
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ def find_baseline(references: Quantities) -> Baseline:
     weights = references.weights
     drift = _weighted_median(references.b.mean(axis=0) - references.a.mean(axis=0), weights)
     noise = Baseline(references, drift).find_differences(references, ~np.eye(count, dtype=np.bool_))
-    agree = np.abs(noise.values) <= np.maximum(noise.floors, _ALIKE)
+    limits = np.maximum(noise.floors, _ALIKE)
+    if abs(drift) > _LARGE_DRIFT:
+        limits = np.minimum(limits, abs(drift) / 2)
+    agree = np.abs(noise.values) <= limits
     if agree.sum() < _MIN_REFERENCES or weights[agree].sum() < _AGREEMENT * weights.sum():
         return Baseline(references, None)
     return Baseline(references, drift, noise.excess)
