@@ -23,7 +23,9 @@ TIMEOUT_S = 1800
 _STDERR_LINES = 12
 
 # Only what changed, and no constants: of a model's weights nothing is left, of a table of its own the shape.
+# With threads, iree-compile 3.13 was seen to hang while it writes a folder.
 _DUMP_FLAGS = (
+    "--mlir-disable-threading",
     "--mlir-print-ir-after-all",
     "--mlir-print-ir-after-change",
     "--mlir-elide-resource-strings-if-larger=64",

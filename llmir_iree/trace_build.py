@@ -143,6 +143,8 @@ def write_ir(module: LoweredModule, folder: Path, vmfb: Path) -> dict[str, str]:
         compiled = Path(scratch) / "module.vmfb"
         compile_mlir(module.text, compiled, (*module.flags, *_PHASE_FLAGS, f"--dump-compilation-phases-to={phases}"))
         flags = (
+            # With threads, iree-compile 3.13 was seen to hang while it writes a folder.
+            "--mlir-disable-threading",
             "--mlir-print-ir-after-all",
             "--mlir-print-ir-after-change",
             f"--mlir-print-ir-tree-dir={tree}",

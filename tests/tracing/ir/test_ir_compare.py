@@ -11,7 +11,13 @@ from llmir_iree.tracing.ir_history import IrDump
 
 MATMUL = "main_dispatch_0_matmul_8x64x64_f32"
 SOFTMAX = "main_dispatch_1_softmax_8x64xf32_dispatch_tensor_store"
-FLAGS = ("--mlir-print-ir-after-all", "--mlir-print-ir-after-change", "--mlir-print-ir-tree-dir={}/tree")
+# With threads, iree-compile 3.13 was seen to hang while it writes a folder.
+FLAGS = (
+    "--mlir-disable-threading",
+    "--mlir-print-ir-after-all",
+    "--mlir-print-ir-after-change",
+    "--mlir-print-ir-tree-dir={}/tree",
+)
 
 BAD_TILES = """
 module @spec attributes { transform.with_named_sequence, iree_codegen.tuning_spec_with_default_entrypoint } {
