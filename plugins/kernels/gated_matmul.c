@@ -5,9 +5,9 @@
 
 INLINE f32x16 silu(f32x16 x) { return x / (1.0f + exp_f32(-x)); }
 
-// Groups that are compared with each other to find outliers, and by which factor, 1.3, these stand out. Of a row's other
+// Groups that are compared with each other to find outliers, and by which factor, 1.2, these stand out. Of a row's other
 // groups, other workgroups know.
-enum { COMPARED = 4, FACTOR = 3 << 20 };
+enum { COMPARED = 4, FACTOR = 1 << 21 };
 
 // All rows for the workgroup's groups of 32 columns: two tiles of gates and the two that go with them.
 INLINE void multiply(const format f, const matmul* m, activation_group* out, size_t first, size_t end) {

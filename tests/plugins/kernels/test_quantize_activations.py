@@ -65,6 +65,14 @@ def test_zero_is_exact(kernels, value):
     assert not read_records(packed, 2, 64)["codes"].any()
 
 
+@pytest.mark.parametrize("value", [1.0, -3e38, 0.1])
+def test_a_constant_group_is_exact_but_for_float32(kernels, value):
+    x = np.full((2, 64), value, np.float32)
+    packed = kernels.quantize(x)
+    np.testing.assert_allclose(dequantize_activations(packed, 2, 64), x, rtol=2.0**-23)
+    assert not read_records(packed, 2, 64)["has_rest"].any()
+
+
 def test_zero_groups_do_not_make_the_others_outliers(kernels):
     x = random_rows(4, 2048)
     x[:, 320:] = 0
