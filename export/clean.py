@@ -13,6 +13,9 @@ _ASSERTIONS = "torch.aten._assert_tensor_metadata"
 # such names; the archive's key, which is what counts, stands in the global's initial value.
 _LONG_NAME = re.compile(r"^__auto\.(?:model\.)?")
 
+_VALUE = re.compile(r"%[\w.$-]+")
+_LOADED = re.compile(r"(%[\w.$-]+) = util\.global\.load\b")
+
 
 def clean(module: Any) -> None:
     """Make a traced module small, in place.
@@ -37,3 +40,14 @@ def clean(module: Any) -> None:
 def _shorten(operation: Any, attribute: str, make: Any) -> None:
     name = operation.attributes[attribute].value
     operation.attributes[attribute] = make(_LONG_NAME.sub("", name), context=operation.context)
+
+
+def print_short(module: Any) -> str:
+    """The text of a module.
+
+    IREE names a value after the global that it is loaded from, which repeats every parameter's name twice: a tenth of
+    the text. The load itself tells which global it is.
+    """
+    text = str(module)
+    names = {name: f"%w{number}" for number, name in enumerate(dict.fromkeys(_LOADED.findall(text)))}
+    return _VALUE.sub(lambda value: names.get(value[0], value[0]), text)

@@ -40,7 +40,7 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Store the new tokens, attend, and give the logits of each row's last one; shapes as the module says."""
         seq = tokens.shape[1]
-        offsets = torch.arange(seq, dtype=torch.int32) + (lengths[:, None] - seq)
+        offsets = _columns(seq) + (lengths[:, None] - seq)
         positions = torch.where(offsets >= 0, starts[:, None] + offsets, -1)
         state = PagedState(cache, page_table, positions)
         logits = self.model(
@@ -51,6 +51,17 @@ class Step(nn.Module):
             paged=state,
         ).logits[:, 0]
         return logits, logits.argmax(dim=-1).to(torch.int32), state.cache
+
+
+def _columns(seq: int) -> Tensor:
+    """The numbers of the columns, int32 [seq]; a literal if their number is known, as in a chunk.
+
+    Numbers that the compiler makes itself are of type index. It fuses them into the reductions of attention, for which
+    SPIR-V would then need workgroup memory of that type, which it does not have.
+    """
+    if isinstance(seq, int) and seq > 1:
+        return torch.tensor(range(seq), dtype=torch.int32)
+    return torch.arange(seq, dtype=torch.int32)
 
 
 def register_attention() -> str:

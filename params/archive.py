@@ -26,6 +26,7 @@ from llmir_iree.params.errors import BundleError, LlmirError, ParameterError
 from llmir_iree.params.formats import split_planes
 from llmir_iree.params.irpa import set_spans
 from llmir_iree.params.layouts import ALIGNMENT, TILE16, TILE_ROWS, layout_of, pack_tile16
+from llmir_iree.params.memory import drop_from_memory
 from llmir_iree.params.plan import PlannedWeight
 from llmir_iree.params.quantize import PLAIN_ENCODINGS, dequantize, quantize
 from llmir_iree.params.siblings import MergedWeight, merge_siblings
@@ -88,6 +89,7 @@ def write_archive(
                     _write_weight(checkpoint, weight, file, entries, progress)
             with partial.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+            drop_from_memory(partial)
             nbytes = partial.stat().st_size
             partial.replace(path)
     except OSError as error:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from llmir_iree.bundle import Bundle
 from llmir_iree.export.model import build_model, load_config, weight_specs
-from llmir_iree.export.trace import PortableModule, TraceOptions, trace_phase
+from llmir_iree.export.trace import PHASES, PortableModule, TraceOptions, trace_phase
 from llmir_iree.params.errors import RequestError, SourceError
 from llmir_iree.params.plan import PlannedWeight
 
@@ -24,7 +25,7 @@ TINYLLAMA = {
 FORMATS = {"linear": "q4_0", "embedding": "q4_0", "vector": "f32"}
 
 
-@pytest.fixture(scope="module", params=["prefill", "decode"])
+@pytest.fixture(scope="module", params=["prefill", "prefill_chunk", "decode"])
 def portable(request: pytest.FixtureRequest) -> PortableModule:
     config = load_config(TINYLLAMA)
     plan = tuple(PlannedWeight(spec, "f32", FORMATS[spec.kind]) for spec in weight_specs(config))
@@ -33,6 +34,12 @@ def portable(request: pytest.FixtureRequest) -> PortableModule:
 
 def test_is_under_one_megabyte(portable: PortableModule) -> None:
     assert len(portable.text.encode()) < 1_000_000
+
+
+def test_thirty_layers_of_three_planes_are_too(smollm2_bundle: Bundle) -> None:
+    for phase in PHASES:
+        path = smollm2_bundle.path(smollm2_bundle.manifest.portable[phase].file)
+        assert path.stat().st_size < 1_000_000
 
 
 def test_holds_no_constant_over_one_kibibyte(portable: PortableModule) -> None:
@@ -45,7 +52,7 @@ def test_holds_no_constant_over_one_kibibyte(portable: PortableModule) -> None:
 
 
 def test_keeps_the_ops_and_drops_the_noise(portable: PortableModule) -> None:
-    layers, functions = TINYLLAMA["num_hidden_layers"], 2
+    layers, functions = TINYLLAMA["num_hidden_layers"], len(portable.functions)
     for op, count in {"append_kv": 1, "paged_attention": 1, "quantized_matmul": 7}.items():
         heads = 1 if op == "quantized_matmul" else 0
         assert portable.text.count(f'"torch.llmir.{op}"') == functions * (layers * count + heads)
@@ -59,11 +66,13 @@ def test_names_parameters_as_the_archive_does(portable: PortableModule) -> None:
 
 
 def test_describes_its_functions(portable: PortableModule) -> None:
-    assert [function.name for function in portable.functions] == [f"{portable.phase}_bs1", f"{portable.phase}_bs4"]
+    batch_sizes = (1,) if portable.phase == "prefill_chunk" else (1, 4)
+    assert [function.name for function in portable.functions] == [f"{portable.phase}_bs{size}" for size in batch_sizes]
     for function in portable.functions:
         assert f"func.func @{function.name}(" in portable.text
         tokens, *_, cache = function.arguments
-        assert tokens.shape == (function.batch_size, "seq" if portable.phase == "prefill" else 1)
+        columns = {"prefill": "seq", "prefill_chunk": 128, "decode": 1}
+        assert tokens.shape == (function.batch_size, columns[portable.phase])
         assert cache.shape == ("pages", 22, 2, 4, 32, 64)
 
 
@@ -83,7 +92,8 @@ def test_refuses_other_configs(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_sizes": (1, 1)}, {"page_size": 24}, {"cache_dtype": "f8"}, {"max_seq_len": 1}]
+    "options",
+    [{"batch_sizes": (1, 1)}, {"page_size": 24}, {"cache_dtype": "f8"}, {"max_seq_len": 1}, {"chunk_tokens": 96}],
 )
 def test_refuses_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
