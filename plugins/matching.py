@@ -29,6 +29,14 @@ _PURE = ("torch.", "torch_c.", "util.global.load", "arith.constant")
 _TORCH_ELEMENTS = {"i8": "ui8", "i32": "si32", "i64": "si64"}
 
 
+# Numbers by which torch's operations name types.
+SCALAR_TYPES = {"si32": 3, "si64": 4, "f16": 5, "f32": 6, "bf16": 15}
+
+
+class Unlike(Exception):  # noqa: N818  it is no error
+    """Why an operation is not what a pass looks for."""
+
+
 def operation_name(operation: ir.Operation) -> str:
     """Name of an operation, "llmir.<op>" for those of the plugin."""
     return f"llmir.{op_name(operation)}" if is_llmir(operation) else str(operation.name)
@@ -103,6 +111,51 @@ def torch_int(value: int) -> ir.Value:
     return create("torch.constant.int", (), (ir.Type.parse("!torch.int"),), {"value": value}).result
 
 
+def torch_bool(value: bool) -> ir.Value:
+    """A constant operand."""
+    return create("torch.constant.bool", (), (ir.Type.parse("!torch.bool"),), {"value": value}).result
+
+
+def torch_str(value: str) -> ir.Value:
+    """A constant operand."""
+    return create("torch.constant.str", (), (ir.Type.parse("!torch.str"),), {"value": value}).result
+
+
+def none() -> ir.Value:
+    """The constant that stands for an argument that is not given."""
+    return create("torch.constant.none", (), (ir.Type.parse("!torch.none"),)).result
+
+
+def torch_list(members: Sequence[ir.Value], kind: str) -> ir.Value:
+    """A list operand; the kind is that of its members, "int" or "vtensor"."""
+    return create("torch.prim.ListConstruct", members, (ir.Type.parse(f"!torch.list<{kind}>"),)).result
+
+
+def torch_element(value: ir.Value) -> str:
+    """The element type of a torch tensor, as torch writes it: with signs.
+
+    Raises:
+        CompileError: it is not a ranked tensor.
+    """
+    tensor_type(value)
+    return str(value.type).rpartition(",")[2].removesuffix(">")
+
+
+def convert(value: ir.Value, element: str) -> ir.Value:
+    """The value with another element type of `SCALAR_TYPES`, where the insertion point is."""
+    if torch_element(value) == element:
+        return value
+    kind = torch_type(tensor_type(value).shape, element)
+    plain_copy = (torch_bool(False), torch_bool(False), none())
+    return create("torch.aten.to.dtype", (value, torch_int(SCALAR_TYPES[element]), *plain_copy), (kind,)).result
+
+
+def erase_assertions(module: ir.Module) -> None:
+    """Erase torch.export's checks of types and devices that are known: they would keep what a pass replaces."""
+    for operation in operations(module, "torch.aten._assert_tensor_metadata"):
+        operation.erase()
+
+
 def replace(operation: ir.Operation, *values: ir.Value) -> None:
     """Let values stand in for an operation's results, then erase it and all that was there for it alone."""
     for old, new in zip(operation.results, values, strict=True):
@@ -131,4 +184,6 @@ def _attribute(value: Constant) -> ir.Attribute:
         return ir.StringAttr.get(value)
     if isinstance(value, float):
         return ir.FloatAttr.get_f64(value)
+    if isinstance(value, bool):
+        return ir.BoolAttr.get(value)
     return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)

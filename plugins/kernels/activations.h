@@ -18,9 +18,10 @@ enum { CODE_SUM_FACTOR = -8 };
 typedef struct {
   int8_t codes[GROUP];  // -127 to 127
   float scale;
-  int32_t start;      // CODE_SUM_FACTOR * the sum of the codes: the partner of a format's zero point or minimum
-  int32_t low_start;  // the same of the first 16
-  int32_t has_rest;   // whether there is a second record
+  int32_t start;       // CODE_SUM_FACTOR * the sum of the codes: the partner of a format's zero point or minimum
+  float scaled_start;  // scale * start
+  int16_t low_start;   // of the first 16
+  int16_t has_rest;    // whether there is a second record
 } activation_group;
 
 _Static_assert(sizeof(activation_group) == 48, "the layout is shared with the caller, who allocates it");

@@ -96,7 +96,7 @@ def multiply_kernel(weight_format: str) -> Kernel:
         f"llmir_quantized_matmul_{weight_format}",
         "quantized_matmul" if is_quantized else "plain_matmul",
         (*planes, Buffer("i8" if is_quantized else "f32"), Buffer("f32", writes=True)),
-        ("rows", "columns", "depth", "workgroup_x", "tiles_per_workgroup"),
+        ("rows", "columns", "depth", "workgroup_x", "workgroup_count"),
     )
 
 
@@ -107,7 +107,7 @@ def gated_kernel(weight_format: str) -> Kernel:
         f"llmir_gated_matmul_{weight_format}",
         "gated_matmul",
         (*planes, Buffer("i8"), _ACTIVATIONS),
-        ("rows", "columns", "depth", "workgroup_x", "groups_per_workgroup"),
+        ("rows", "columns", "depth", "workgroup_x", "workgroup_count"),
     )
 
 
@@ -260,11 +260,9 @@ def gated_multiply(call: LlmirCall, target: Target) -> dict[str, str]:
     The planes are those of 2 * `out_features` rows, the gates and then what they gate.
     """
     columns, depth = int(call.constant("out_features")), _quantized_depth(call.operands[0])
-    groups = columns // GROUP
-    # Kernels compare groups with their neighbours.
-    share = _share(-(-groups // _COMPARED_GROUPS)) * _COMPARED_GROUPS
-    sizes = {"columns": columns, "depth": depth, "groups_per_workgroup": share}
-    return _dispatch(gated_kernel(str(call.constant("format"))), call, target, sizes, -(-groups // share))
+    workgroups = _workgroups(-(-columns // GROUP // _COMPARED_GROUPS))
+    sizes = {"columns": columns, "depth": depth, "workgroup_count": workgroups}
+    return _dispatch(gated_kernel(str(call.constant("format"))), call, target, sizes, workgroups)
 
 
 def _by_rows(kernel: Kernel, call: LlmirCall, target: Target, sizes: Mapping[str, float]) -> dict[str, str]:
@@ -279,25 +277,15 @@ def _multiply(call: LlmirCall, target: Target, depth: int | None) -> dict[str, s
     """A definition whose workgroups take some tiles of the weights each."""
     assert depth is not None
     columns = int(call.constant("out_features"))
-    tiles = -(-columns // TILE_ROWS)
-    # Even, because kernels take tiles in pairs.
-    share = _share(-(-tiles // 2)) * 2
-    sizes = {"columns": columns, "depth": depth, "tiles_per_workgroup": share}
-    return _dispatch(multiply_kernel(str(call.constant("format"))), call, target, sizes, -(-tiles // share))
+    # Kernels take tiles in pairs.
+    workgroups = _workgroups(-(-columns // TILE_ROWS // 2))
+    sizes = {"columns": columns, "depth": depth, "workgroup_count": workgroups}
+    return _dispatch(multiply_kernel(str(call.constant("format"))), call, target, sizes, workgroups)
 
 
-def _share(units: int) -> int:
-    """How many of all units a workgroup takes, so that the workers come to an end together.
-
-    The last worker to end has made as many claims as any, and was late by half of one more.
-    """
-
-    def end(share: int) -> float:
-        workgroups = -(-units // share)
-        claim = share * (1 if workgroups < _WORKERS * _MOST_CLAIMED else _MOST_CLAIMED)
-        return -(-units // (claim * _WORKERS)) * claim + claim / 2
-
-    return min(range(1, units + 1), key=end)
+def _workgroups(units: int) -> int:
+    """Among how many workgroups kernels divide units: as many as leave workers free to claim them one at a time."""
+    return min(units, _WORKERS * _MOST_CLAIMED - 1)
 
 
 def _quantized_depth(codes: TensorType) -> int:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-import shlex
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from iree.compiler.tools.binaries import find_tool
-
 from llmir_iree.params.errors import CompileError
+from llmir_iree.plugins.compiler_target import describe_target
 from llmir_iree.plugins.kernels.build import Variant, choose_variants
 
 VARIANT = "cpu"
@@ -97,19 +93,15 @@ def executable(kernel: Kernel, target: str, objects: Mapping[Variant, Path]) -> 
     )
 
 
-@lru_cache
 def read_executable_target(flags: tuple[str, ...]) -> str:
-    """The `#hal.executable.target` that iree-compile derives from flags: the CPU's features in full.
+    """The `#hal.executable.target` of a CPU that iree-compile derives from flags: its features in full.
 
     Raises:
-        CompileError: iree-compile refuses the flags.
+        CompileError: iree-compile refuses the flags, or they do not name a CPU.
     """
-    command = [find_tool("iree-compile"), "-", "--compile-to=flow", *flags]
-    done = subprocess.run(command, input="module {}", capture_output=True, text=True, check=False)
-    found = _TARGET.search(done.stdout)
+    found = _TARGET.search(describe_target(flags))
     if found is None:
-        reason = done.stderr.strip() or f"names no executable target for {' '.join(flags)}"
-        raise CompileError(f"iree-compile: {reason} (repeat with: echo 'module {{}}' | {shlex.join(command)})")
+        raise CompileError(f"iree-compile names no CPU for {' '.join(flags)}")
     return found[0]
 
 

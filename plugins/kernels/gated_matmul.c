@@ -44,14 +44,14 @@ INLINE void multiply(const format f, const matmul* m, activation_group* out, siz
 //   out      quantised activations [rows, columns]
 //   columns  of the result, a multiple of 32
 //   depth    columns of x and of the matrix, a whole number of blocks
-//   groups_per_workgroup  a multiple of 4
 #define DEFINE_KERNEL(name, FORMAT)                                                                                 \
   KERNEL void llmir_gated_matmul_##name(FORMAT##_ARGUMENTS, const uint8_t* restrict x, size_t x_offset,             \
                                         uint8_t* restrict out, size_t out_offset, size_t rows, size_t columns,      \
-                                        size_t depth, size_t workgroup, size_t groups_per_workgroup) {              \
+                                        size_t depth, size_t workgroup, size_t workgroups) {                        \
     const matmul call = {FORMAT##_PLANES, (const activation_group*)(x + x_offset), rows, columns, depth / GROUP};   \
-    size_t first = workgroup * groups_per_workgroup;                                                                \
-    size_t end = min_size(columns / GROUP, first + groups_per_workgroup);                                           \
+    size_t groups = columns / GROUP, units = ceil_div(groups, COMPARED);                                            \
+    size_t first = COMPARED * first_unit(units, workgroup, workgroups);                                             \
+    size_t end = min_size(groups, COMPARED * first_unit(units, workgroup + 1, workgroups));                         \
     multiply(FORMAT, &call, (activation_group*)(out + out_offset), first, end);                                     \
   }
 

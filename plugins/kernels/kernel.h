@@ -27,3 +27,11 @@ typedef uint16_t bf16;
 
 INLINE size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 INLINE size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// The first of `units` that a workgroup takes; the next workgroup's first is its end. Shares shrink from the first to
+// the last: workers claim them in this order, so that small ones are left to fill what big ones left uneven.
+INLINE size_t first_unit(size_t units, size_t workgroup, size_t workgroups) {
+  if (units <= workgroups) return min_size(units, workgroup);
+  size_t later = workgroups - workgroup;
+  return units - units * later * later / (workgroups * workgroups);
+}

@@ -1,5 +1,6 @@
-// What the machine gives at best, for others to be measured by: reading memory, and multiplying bytes in registers.
-#include "lanes.h"
+// What the machine gives at best, for others to be measured by: reading memory, and multiplying bytes or floats in
+// registers.
+#include "dots.h"
 
 enum { READ_STREAMS = 4 };       // that a workgroup reads side by side
 enum { PREFETCH_VECTORS = 16 };  // how far ahead
@@ -35,30 +36,58 @@ KERNEL void llmir_read_memory(const uint8_t* restrict in, size_t in_offset, int3
   out[out_offset + workgroup] = reduce_max_i32((i32x16)((i32x16)seen[0] != 0) & 1);
 }
 
-// Multiplies the same bytes over and over, every vector of a with every vector of b.
-//   a       uint8 [4, 64]
+// Multiplies the same bytes over and over, every vector of a with every vector of b, as weights of 4 bits are.
+//   a       uint8 [4, 64], at most 15
 //   b       int8 [4, 64]
 //   out     int32 [workgroups, 16]: the dot products of bytes, four to a lane, added up
-//   rounds  that each workgroup does, of 16 products of vectors
+//   rounds  that each workgroup does, of 32 products of vectors: each of them twice, for dot products of 8 steps
 KERNEL void llmir_multiply_bytes(const uint8_t* restrict a, size_t a_offset, const int8_t* restrict b, size_t b_offset,
                                  int32_t* restrict out, size_t out_offset, size_t rounds, size_t workgroup) {
+  enum { MOST = 15, SQUARES = OPERANDS * OPERANDS / (SIDE * SIDE) };
   const uint8_t *left = a + a_offset, *right = (const uint8_t*)(b + b_offset);
-  i32x16 sums[SIDE][SIDE];
-  UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) sums[i][j] = splat_i32(0);
+  dot_sums sums[SIDE][SIDE];
+  UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) sums[i][j] = start_sums(splat_i32(0));
   for (size_t round = 0; round < rounds; ++round) {
-    UNROLL for (int square = 0; square < OPERANDS * OPERANDS; square += SIDE * SIDE) {
-      const int row = square / OPERANDS / SIDE * SIDE, column = square / SIDE % OPERANDS;
+    UNROLL for (int step = 0; step < 2 * SQUARES; ++step) {
+      const int square = step % SQUARES;
+      const int row = square / (OPERANDS / SIDE) * SIDE, column = square % (OPERANDS / SIDE) * SIDE;
       FINISH_BEFORE_LOADS(left);
       FINISH_BEFORE_LOADS(right);
       i8x64 y[SIDE];
       UNROLL for (int j = 0; j < SIDE; ++j) y[j] = (i8x64)load_u8(right + (column + j) * BYTES);
       UNROLL for (int i = 0; i < SIDE; ++i) {
         u8x64 x = load_u8(left + (row + i) * BYTES);
-        UNROLL for (int j = 0; j < SIDE; ++j) sums[i][j] = dot_u8_i8(sums[i][j], x, y[j]);
+        UNROLL for (int j = 0; j < SIDE; ++j) add_step(&sums[i][j], step, x, MOST, y[j]);
       }
     }
   }
   i32x16 total = splat_i32(0);
-  UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) total += sums[i][j];
+  UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) total += sums[i][j].wide;
   store_f32((float*)(out + out_offset) + workgroup * LANES, (f32x16)total);
+}
+
+// The same with floats.
+//   a, b    float32 [4, 16]
+//   out     float32 [workgroups, 16]: the products, added up
+KERNEL void llmir_multiply_floats(const float* restrict a, size_t a_offset, const float* restrict b, size_t b_offset,
+                                  float* restrict out, size_t out_offset, size_t rounds, size_t workgroup) {
+  const float *left = a + a_offset, *right = b + b_offset;
+  f32x16 sums[SIDE][SIDE];
+  UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) sums[i][j] = splat(0.0f);
+  for (size_t round = 0; round < rounds; ++round) {
+    UNROLL for (int square = 0; square < OPERANDS * OPERANDS; square += SIDE * SIDE) {
+      const int row = square / OPERANDS / SIDE * SIDE, column = square / SIDE % OPERANDS;
+      FINISH_BEFORE_LOADS(left);
+      FINISH_BEFORE_LOADS(right);
+      f32x16 y[SIDE];
+      UNROLL for (int j = 0; j < SIDE; ++j) y[j] = load_f32(right + (column + j) * LANES);
+      UNROLL for (int i = 0; i < SIDE; ++i) {
+        f32x16 x = load_f32(left + (row + i) * LANES);
+        UNROLL for (int j = 0; j < SIDE; ++j) sums[i][j] += x * y[j];
+      }
+    }
+  }
+  f32x16 total = splat(0.0f);
+  UNROLL for (int i = 0; i < SIDE; ++i) UNROLL for (int j = 0; j < SIDE; ++j) total += sums[i][j];
+  store_f32(out + out_offset + workgroup * LANES, total);
 }

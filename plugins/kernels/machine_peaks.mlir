@@ -23,8 +23,21 @@ util.func public @multiply_bytes(
   %workgroups = arith.index_castui %workgroups_i32 : i32 to index
   %a = hal.tensor.import %a_view : !hal.buffer_view -> tensor<4x64xi8>
   %b = hal.tensor.import %b_view : !hal.buffer_view -> tensor<4x64xi8>
-  %sums = flow.dispatch $multiply[%workgroups, %c1, %c1](%rounds, %a, %b)
+  %sums = flow.dispatch $multiply_bytes[%workgroups, %c1, %c1](%rounds, %a, %b)
       : (i32, tensor<4x64xi8>, tensor<4x64xi8>) -> tensor<?x16xi32>{%workgroups}
   %sums_view = hal.tensor.export %sums : tensor<?x16xi32>{%workgroups} -> !hal.buffer_view
+  util.return %sums_view : !hal.buffer_view
+}
+
+util.func public @multiply_floats(
+    %a_view: !hal.buffer_view, %b_view: !hal.buffer_view, %workgroups_i32: i32, %rounds: i32
+) -> !hal.buffer_view {
+  %c1 = arith.constant 1 : index
+  %workgroups = arith.index_castui %workgroups_i32 : i32 to index
+  %a = hal.tensor.import %a_view : !hal.buffer_view -> tensor<4x16xf32>
+  %b = hal.tensor.import %b_view : !hal.buffer_view -> tensor<4x16xf32>
+  %sums = flow.dispatch $multiply_floats[%workgroups, %c1, %c1](%rounds, %a, %b)
+      : (i32, tensor<4x16xf32>, tensor<4x16xf32>) -> tensor<?x16xf32>{%workgroups}
+  %sums_view = hal.tensor.export %sums : tensor<?x16xf32>{%workgroups} -> !hal.buffer_view
   util.return %sums_view : !hal.buffer_view
 }

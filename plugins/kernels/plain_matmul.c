@@ -84,9 +84,10 @@ INLINE void multiply_rows(const format f, const int tiles, const matmul* m, size
 #undef MULTIPLY_ROWS
 }
 
-INLINE void multiply(const format f, const matmul* m, size_t workgroup, size_t tiles_per_workgroup) {
-  size_t first = workgroup * tiles_per_workgroup;
-  size_t end = min_size(ceil_div(m->columns, LANES), first + tiles_per_workgroup);
+INLINE void multiply(const format f, const matmul* m, size_t workgroup, size_t workgroups) {
+  size_t tiles = ceil_div(m->columns, LANES), pairs = ceil_div(tiles, 2);
+  size_t first = 2 * first_unit(pairs, workgroup, workgroups);
+  size_t end = min_size(tiles, 2 * first_unit(pairs, workgroup + 1, workgroups));
   for (size_t row = 0; row < m->rows; row += BLOCK_ROWS) {
     size_t row_end = min_size(m->rows, row + BLOCK_ROWS), tile = first;
     if (row_end - row > 1) {  // one row gains nothing from shared broadcasts
@@ -103,14 +104,14 @@ INLINE void multiply(const format f, const matmul* m, size_t workgroup, size_t t
 //   columns  of y: rows of the matrix, before padding to whole tiles
 KERNEL void llmir_quantized_matmul_f16(const f16* restrict w, size_t w_offset, const float* restrict x, size_t x_offset,
                                        float* restrict y, size_t y_offset, size_t rows, size_t columns, size_t depth,
-                                       size_t workgroup, size_t tiles_per_workgroup) {
+                                       size_t workgroup, size_t workgroups) {
   const matmul call = {w + w_offset, x + x_offset, y + y_offset, rows, columns, depth};
-  multiply(F16, &call, workgroup, tiles_per_workgroup);
+  multiply(F16, &call, workgroup, workgroups);
 }
 
 KERNEL void llmir_quantized_matmul_bf16(const bf16* restrict w, size_t w_offset, const float* restrict x,
                                         size_t x_offset, float* restrict y, size_t y_offset, size_t rows,
-                                        size_t columns, size_t depth, size_t workgroup, size_t tiles_per_workgroup) {
+                                        size_t columns, size_t depth, size_t workgroup, size_t workgroups) {
   const matmul call = {w + w_offset, x + x_offset, y + y_offset, rows, columns, depth};
-  multiply(BF16, &call, workgroup, tiles_per_workgroup);
+  multiply(BF16, &call, workgroup, workgroups);
 }

@@ -12,13 +12,19 @@
 
 #include "weights.h"
 
-// Tiles that share the broadcasts of a record, records that share a tile when there are few, and sums of one dot product
-// that wait for each other less than one would, as registers allow.
+// Tiles that share the broadcasts of a record, records that share a tile when there are few and when there are many, and
+// sums of one dot product that wait for each other less than one would, as registers allow. Where these hold a group of
+// unpacked weights, many records meet it one by one; elsewhere each load of a weight has to serve several.
 #if defined(__AVX512F__)
-enum { MAX_TILES = 2, FEW = 8, CHAINS = 2 };
+enum { MAX_TILES = 2, RECORDS = 8, MANY = 1, CHAINS = 2 };
 #else
-enum { MAX_TILES = 1, FEW = 4, CHAINS = 1 };
+enum { MAX_TILES = 1, RECORDS = 4, MANY = 4, CHAINS = 1 };
 #endif
+
+// Up to how many records are few: they meet weights as these are unpacked, which for nibbles is cheap enough to be done
+// once more instead of keeping them.
+enum { MOST_FEW = 8 };
+INLINE size_t few(const format f) { return f == Q4_0 || f == Q4_1 || f == Q4_K ? MOST_FEW : RECORDS; }
 
 typedef struct {
   weight_planes planes;
@@ -29,19 +35,31 @@ typedef struct {
 // For each row of a block, and each of two tiles.
 typedef f32x16 tile_sums[BLOCK_ROWS][2];
 
-// The dot product of one half before its first step: what the zero point takes from every activation.
-INLINE i32x16 start_dot(const format f, const activation_group* x, int half) {
-  if (!zero_point(f)) return splat_i32(0);
+// Whether what the zero point takes from every activation is subtracted from the scaled dot product, in the instruction
+// that scales it; otherwise the dot product starts with it, which is for nothing where sums are wide from the start.
+INLINE int subtracts_scaled(const format f) {
+#if defined(NARROW_SUMS)
+  return f == Q4_0;
+#else
+  (void)f;
+  return 0;
+#endif
+}
+
+// The dot product of one half before its first step.
+INLINE dot_sums start_dot(const format f, const activation_group* x, int half) {
+  if (!zero_point(f) || subtracts_scaled(f)) return start_sums(splat_i32(0));
   i32x16 start = splat_i32(halves(f) == 2 ? x->low_start : x->start);
   if (half == 1) start = splat_i32(x->start) - start;
-  return start * (zero_point(f) / -CODE_SUM_FACTOR);
+  return start_sums(start * (zero_point(f) / -CODE_SUM_FACTOR));
 }
 
 // The sum and what a record adds to it once its dot products are known.
-INLINE f32x16 add_product(const format f, const weight_group* w, const activation_group* x, const i32x16* dot,
+INLINE f32x16 add_product(const format f, const weight_group* w, const activation_group* x, const dot_sums* dot,
                           f32x16 sum) {
-  f32x16 product = w->scale[0] * f32_from_i32(dot[0]);
-  if (halves(f) == 2) product += w->scale[1] * f32_from_i32(dot[1]);
+  if (subtracts_scaled(f)) return sum + w->scale[0] * (f32_from_i32(dot->wide) * x->scale + x->scaled_start);
+  f32x16 product = w->scale[0] * f32_from_i32(dot[0].wide);
+  if (halves(f) == 2) product += w->scale[1] * f32_from_i32(dot[1].wide);
   if (has_minimum(f)) product += w->minimum * f32_from_i32(splat_i32(x->start));
   return sum + product * x->scale;
 }
@@ -52,25 +70,24 @@ INLINE void multiply_records(const format f, const int tiles, const int records,
                              const size_t* index, const int is_unpacked, weight_group* w, const activation_group* x,
                              f32x16 (*sums)[2]) {
   const int steps = STEPS / halves(f);
-  i32x16 dot[FEW][MAX_TILES][2];
+  dot_sums dot[RECORDS][MAX_TILES][2];
   UNROLL for (int half = 0; half < halves(f); ++half) {
     UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) {
       dot[i][t][half] = start_dot(f, x + i, half);
-      if (halves(f) < chains) dot[i][t][1] = splat_i32(0);
+      if (halves(f) < chains) dot[i][t][1] = start_sums(splat_i32(0));
     }
     UNROLL for (int step = half * steps; step < (half + 1) * steps; ++step) {
       const int part = halves(f) < chains ? step % 2 : half;
       UNROLL for (int t = 0; t < tiles; ++t) if (!is_unpacked) unpack_step(f, &m->planes, index[t], step, &w[t]);
       UNROLL for (int i = 0; i < records; ++i) {
         i8x64 codes = splat_4i8(x[i].codes + 4 * step);
-        UNROLL for (int t = 0; t < tiles; ++t) dot[i][t][part] =
-            dot_codes(f, dot[i][t][part], w[t].codes[step], codes);
+        UNROLL for (int t = 0; t < tiles; ++t) add_codes(f, &dot[i][t][part], step, &w[t], codes);
       }
     }
   }
   UNROLL for (int t = 0; t < tiles; ++t) if (!is_unpacked) unpack_scales(f, &m->planes, index[t], &w[t]);
   UNROLL for (int i = 0; i < records; ++i) UNROLL for (int t = 0; t < tiles; ++t) {
-    if (halves(f) < chains) dot[i][t][0] += dot[i][t][1];
+    if (halves(f) < chains) dot[i][t][0].wide += dot[i][t][1].wide;
     sums[i][t] = add_product(f, &w[t], x + i, dot[i][t], sums[i][t]);
   }
 }
@@ -99,13 +116,13 @@ INLINE tile_pair pair_tiles(size_t tile, size_t last, size_t next, const int at_
   return at_once == 2 ? (tile_pair){{tile, second}, {next, next + 1}} : (tile_pair){{tile, second}, {second, next}};
 }
 
-// `rows` rows, at most FEW, times a pair of tiles.
+// `rows` rows, which are few, times a pair of tiles.
 INLINE void multiply_few(const format f, const int rows, const matmul* m, size_t tile, size_t last,
                          size_t next, const activation_group* x, size_t stride, f32x16 (*sums)[2]) {
   const int at_once = rows == 1 ? 1 : MAX_TILES;
   const tile_pair pair = pair_tiles(tile, last, next, at_once);
   for (int first = 0; first < 2; first += at_once) {
-    f32x16 local[FEW][2];
+    f32x16 local[MOST_FEW][2];
     UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) local[r][t] = splat(0.0f);
     const activation_group* record = x;
     for (size_t g = 0; g < m->groups; ++g, record += stride) {
@@ -115,7 +132,10 @@ INLINE void multiply_few(const format f, const int rows, const matmul* m, size_t
         index[t] = pair.tile[first + t] * m->groups + g;
         prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g);
       }
-      multiply_group(f, at_once, rows, rows == 1 ? CHAINS : 1, m, index, 0, w, record, local);
+      UNROLL for (int r = 0; r < rows; r += RECORDS) {
+        const int records = rows < RECORDS ? rows : RECORDS;
+        multiply_group(f, at_once, records, records == 1 ? CHAINS : 1, m, index, 0, w, record + r, local + r);
+      }
     }
     UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) sums[r][first + t] = local[r][t];
   }
@@ -137,10 +157,13 @@ INLINE void multiply_many(const format f, const matmul* m, size_t tile, size_t l
         unpack_scales(f, &m->planes, index, &w[t]);
       }
       const activation_group* record = group;
-      for (size_t r = 0; r < rows; ++r, ++record) {
-        multiply_group(f, MAX_TILES, 1, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+      size_t r = 0;
+      for (; r + MANY <= rows; r += MANY, record += MANY) {
+        multiply_group(f, MAX_TILES, MANY, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
         FINISH_BEFORE_LOADS(record);
       }
+      for (; MANY > 1 && r < rows; ++r, ++record)
+        multiply_group(f, MAX_TILES, 1, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
     }
   }
 }
@@ -151,12 +174,12 @@ INLINE void multiply_block(const format f, const matmul* m, size_t tile, size_t 
                            tile_sums sums) {
   size_t rows = min_size(BLOCK_ROWS, m->rows - row), stride;
   const activation_group* x = m->x + activation_index(m->rows, m->groups, row, &stride);
-  if (rows > FEW) {
+  if (rows > few(f)) {
     multiply_many(f, m, tile, last, next, x, stride, rows, sums);
     return;
   }
 #define MULTIPLY_ROWS(n)                                                       \
-  if (n <= FEW && rows - r >= n) {                                             \
+  if (n <= few(f) && rows - r >= n) {                                          \
     multiply_few(f, n, m, tile, last, next, x + r, stride, sums + r);          \
     r += n;                                                                    \
     continue;                                                                  \

@@ -39,7 +39,8 @@ INLINE values32 quantize_term(values32 x, activation_group* out) {
   *(i8x16_memory*)(out->codes + LANES) = __builtin_convertvector(high_codes, i8x16);
   out->scale = scale;
   out->start = CODE_SUM_FACTOR * reduce_add_i32(low_codes + high_codes);
-  out->low_start = CODE_SUM_FACTOR * reduce_add_i32(low_codes);
+  out->scaled_start = scale * (float)out->start;
+  out->low_start = (int16_t)(CODE_SUM_FACTOR * reduce_add_i32(low_codes));
   out->has_rest = 0;
   f32x16 low_rounded = low_shifted - to_integer, high_rounded = high_shifted - to_integer;
   return (values32){x.low - scale * low_rounded, x.high - scale * high_rounded};

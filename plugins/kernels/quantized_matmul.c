@@ -27,10 +27,11 @@ INLINE void multiply(const format f, const matmul* m, float* y, size_t first, si
 #define DEFINE_KERNEL(name, FORMAT)                                                                                 \
   KERNEL void llmir_quantized_matmul_##name(FORMAT##_ARGUMENTS, const uint8_t* restrict x, size_t x_offset,         \
                                             float* restrict y, size_t y_offset, size_t rows, size_t columns,        \
-                                            size_t depth, size_t workgroup, size_t tiles_per_workgroup) {           \
+                                            size_t depth, size_t workgroup, size_t workgroups) {                    \
     const matmul call = {FORMAT##_PLANES, (const activation_group*)(x + x_offset), rows, columns, depth / GROUP};   \
-    size_t first = workgroup * tiles_per_workgroup;                                                                 \
-    size_t end = min_size(ceil_div(columns, LANES), first + tiles_per_workgroup);                                   \
+    size_t tiles = ceil_div(columns, LANES), pairs = ceil_div(tiles, 2);                                            \
+    size_t first = 2 * first_unit(pairs, workgroup, workgroups);                                                    \
+    size_t end = min_size(tiles, 2 * first_unit(pairs, workgroup + 1, workgroups));                                 \
     multiply(FORMAT, &call, y + y_offset, first, end);                                                              \
   }
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "activations.h"
-#include "lanes.h"
+#include "dots.h"
 
 enum { STEPS = 8 };                  // of 4 weights each in a group
 enum { PREFETCH_BYTES = 4 << 10 };   // of codes: how far ahead
@@ -22,12 +22,17 @@ typedef struct {
 
 // One group of 32 weights of 16 rows, or part of it while it is unpacked. The halves differ in q6_k only.
 typedef struct {
-  u8x64 codes[STEPS];
+  union {
+    u8x64 codes[STEPS];
+    byte_codes bytes[STEPS];  // of q8_0
+  };
   f32x16 scale[2];
   f32x16 minimum;  // / CODE_SUM_FACTOR
 } weight_group;
 
-INLINE int zero_point(const format f) { return f == Q4_0 ? 8 : f == Q8_0 ? 128 : f == Q6_K ? 32 : 0; }
+INLINE int zero_point(const format f) {
+  return f == Q4_0 ? 8 : f == Q8_0 ? BYTE_ZERO_POINT : f == Q6_K ? 32 : 0;
+}
 INLINE int has_minimum(const format f) { return f == Q4_1 || f == Q4_K || f == Q5_K; }
 INLINE size_t groups_of_block(const format f) { return f == Q4_K || f == Q5_K || f == Q6_K ? 8 : 1; }
 INLINE int halves(const format f) { return f == Q6_K ? 2 : 1; }  // that have a scale of their own
@@ -36,9 +41,13 @@ INLINE int halves(const format f) { return f == Q6_K ? 2 : 1; }  // that have a 
 INLINE size_t code_bytes(const format f) { return f == Q8_0 ? 512 : 256; }
 INLINE size_t high_bytes(const format f) { return f == Q5_K ? 64 : f == Q6_K ? 128 : 0; }
 
-// sum + codes * activations, where only those of q8_0 take all 8 bits.
-INLINE i32x16 dot_codes(const format f, i32x16 sum, u8x64 codes, i8x64 activations) {
-  return f == Q8_0 ? dot_u8_i8(sum, codes, activations) : dot_u7_i8(sum, codes, activations);
+// A step of the dot product with activations.
+INLINE void add_codes(const format f, dot_sums* sums, const int step, const weight_group* w, i8x64 activations) {
+  if (f == Q8_0) {
+    add_step_of_bytes(sums, w->bytes[step], activations);
+  } else {
+    add_step(sums, step, w->codes[step], f == Q5_K ? 31 : f == Q6_K ? 63 : 15, activations);
+  }
 }
 
 INLINE u8x64 high_bits(const format f, const uint8_t* high, int step) {
@@ -55,7 +64,7 @@ INLINE u8x64 high_bits(const format f, const uint8_t* high, int step) {
 INLINE void unpack_step(const format f, const weight_planes* p, size_t index, const int step, weight_group* out) {
   const uint8_t* codes = p->codes + index * code_bytes(f);
   if (f == Q8_0) {
-    out->codes[step] = load_u8(codes + 64 * step) ^ splat_u8(128);
+    out->bytes[step] = load_byte_codes(codes + 64 * step);
   } else {
     out->codes[step] = bits_u8(load_u8(codes + 64 * (step / 2)), 4 * (step % 2), 15);
     if (high_bytes(f)) out->codes[step] |= high_bits(f, p->high + index * high_bytes(f), step);

@@ -46,7 +46,7 @@ def fuse_append_attention(module: ir.Module, lowering: Lowering) -> None:
         if site.call.op == "append_kv":
             append = site
         elif site.call.op == "paged_attention" and append is not None:
-            if not choose(append.call, lowering).is_portable and not choose(site.call, lowering).is_portable:
+            if choose(append.call, lowering).has_fused_forms and choose(site.call, lowering).has_fused_forms:
                 _fuse(append, site)
             append = None
 

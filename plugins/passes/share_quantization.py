@@ -37,7 +37,7 @@ def share_quantization(module: ir.Module, lowering: Lowering) -> None:
 
 
 def _quantizes(site: Site, lowering: Lowering) -> bool:
-    return not choose(site.call, lowering).is_portable and FORMATS[str(site.call.constant("format"))].is_quantized
+    return choose(site.call, lowering).has_fused_forms and FORMATS[str(site.call.constant("format"))].is_quantized
 
 
 def _without_whole_slices(x: ir.Value) -> ir.Value:

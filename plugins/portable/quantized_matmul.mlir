@@ -12,7 +12,8 @@ util.func private @$name(%x: $x, $plane_arguments) -> $y {
     %dequantized = util.call @$dequantize($plane_operands) : ($plane_types) -> $weights
     flow.return %dequantized : $weights
   }
-  %flat = tensor.collapse_shape %x [[0, 1], [2]] : $x into $flat
+  $cut
+  %flat = tensor.collapse_shape $input [[0, 1], [2]] : $x into $flat
   %blocked = tensor.expand_shape %flat [[0], $x_reassociation] output_shape [$rows_extent, $block_extents]
       : $flat into $blocked
   %product_empty = tensor.empty($rows_dim) : $product

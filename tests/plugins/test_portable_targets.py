@@ -25,7 +25,7 @@ SMOLLM2 = {
 }
 
 
-@pytest.fixture(scope="module", params=["prefill", "decode"])
+@pytest.fixture(scope="module", params=["prefill", "prefill_chunk", "decode"])
 def portable(request: pytest.FixtureRequest) -> PortableModule:
     config = load_config(SMOLLM2)
     plan = tuple(

@@ -44,8 +44,15 @@ def siblings() -> str:
         ("llvm-cpu:znver4", "best", "cpu-kernels"),
         ("llvm-cpu:generic", "best", "cpu-kernels"),
         ("llvm-cpu:znver4", "portable", "portable-fused"),
-        ("cuda", "best", "portable-fused"),
-        ("vulkan", "best", "portable"),
+        ("cuda", "best", "gpu-kernels"),
+        ("cuda", "kernels", "gpu-kernels"),
+        ("cuda", "formulations", "gpu-lanes"),
+        ("cuda", "portable", "portable-fused"),
+        ("metal", "best", "gpu-kernels"),
+        ("metal", "formulations", "gpu-kernels"),
+        ("llvm-cpu:znver4", "formulations", "cpu-kernels"),
+        ("vulkan", "best", "gpu-kernels"),
+        ("vulkan", "portable", "portable"),
     ],
 )
 def test_the_best_that_serves_is_chosen(siblings: str, target: str, preference: str, chosen: str) -> None:
@@ -63,7 +70,8 @@ def test_kernels_attend_over_a_16_bit_cache_with_heads_up_to_256(cache: str, hea
     call = LlmirCall("paged_attention", (*types, types[2]), types[:2], constants)
     implementation = choose(call, Lowering(resolve_target("llvm-cpu:znver4"), "best"))
     assert implementation.name == ("cpu-kernels" if chosen else "portable")
-    assert choose(call, Lowering(resolve_target("cuda"), "best")).name == "portable"
+    on_gpu = choose(call, Lowering(resolve_target("cuda"), "best"))
+    assert on_gpu.name == ("portable" if head_dim > 256 else "gpu-kernels")
 
 
 def test_siblings_share_the_executables_of_their_kernels(siblings: str) -> None:
@@ -81,5 +89,7 @@ def test_siblings_share_the_quantisation_of_their_input(siblings: str, tmp_path:
 
 
 def test_an_unknown_preference_is_refused(siblings: str) -> None:
-    with pytest.raises(CompileError, match="unknown implementations 'fastest'; known: best, portable"):
+    with pytest.raises(
+        CompileError, match="unknown implementations 'fastest'; known: best, kernels, formulations, portable"
+    ):
         lower(siblings, resolve_target("llvm-cpu"), "fastest")

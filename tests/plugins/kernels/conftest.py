@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from llmir_iree.plugins.kernels import build
+from llmir_iree.plugins.kernels.objects import find_object
+from tests.sharing import shared_folder
 
 GROUP = 32
 ATTENDED_QUERIES = 32
@@ -36,6 +38,8 @@ _FAULTY = Path(__file__).parent / "faulty.c"
 _GCC_FLAGS = (
     *("-std=gnu17", "-O1", "-g1", "-fno-math-errno", "-Wno-psabi"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # Checks are calls instead of code in place: compiling takes a third less.
+    *("--param", "asan-instrumentation-with-call-threshold=0"),
 )
 _GCC_PROCESSOR = {
     "x86_64-avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
@@ -48,7 +52,9 @@ _RECORD = np.dtype(
     [
         ("codes", np.int8, GROUP),
         ("scale", np.float32),
-        *((name, np.int32) for name in ("start", "low_start", "has_rest")),
+        ("start", np.int32),
+        ("scaled_start", np.float32),
+        *((name, np.int16) for name in ("low_start", "has_rest")),
     ]
 )
 
@@ -173,7 +179,7 @@ class Kernels:
         )
         return out
 
-    def matmul(self, weight_format, tiles, x, columns, tiles_per_workgroup=2):
+    def matmul(self, weight_format, tiles, x, columns, workgroups=3):
         """x [rows, depth] times the tiles of a [columns, depth] matrix."""
         rows, depth = x.shape
         is_plain = weight_format in ("f16", "bf16")
@@ -181,19 +187,19 @@ class Kernels:
         self.dispatch(
             f"llmir_quantized_matmul_{weight_format}",
             (*tiles.values(), x if is_plain else self.quantize(x), y),
-            range(-(-columns // (16 * tiles_per_workgroup))),
-            lambda w: (rows, columns, depth, w, tiles_per_workgroup),
+            range(workgroups),
+            lambda w: (rows, columns, depth, w, workgroups),
         )
         return y
 
-    def gated_matmul(self, weight_format, tiles, codes, rows, columns, depth, groups_per_workgroup=4):
+    def gated_matmul(self, weight_format, tiles, codes, rows, columns, depth, workgroups=3):
         """Quantised activations of silu(gate) * up, from those of x and the tiles of gates and ups."""
         out = _codes(rows, columns)
         self.dispatch(
             f"llmir_gated_matmul_{weight_format}",
             (*tiles.values(), codes, out),
-            range(-(-columns // (GROUP * groups_per_workgroup))),
-            lambda w: (rows, columns, depth, w, groups_per_workgroup),
+            range(workgroups),
+            lambda w: (rows, columns, depth, w, workgroups),
         )
         return out
 
@@ -319,15 +325,25 @@ def _build_sanitized(folder, variant):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_object, build.sources()))
     subprocess.run([*command, _table(objects), _DRIVER, *objects, "-o", folder / "driver"], check=True)
+
+
+def _run_sanitized(folder, _variant):
     return Program([folder / "driver"], str)
 
 
 def _build(folder, variant):
-    """The driver with the objects that a wheel holds, linked as they are."""
-    objects = build.build_objects(folder, variant)
-    driver = build.build_program(folder / "driver", variant, [_DRIVER, *objects], [_table(objects)])
+    """The driver with the objects that the installation holds, linked as they are, and those of the tests."""
+    released = [find_object(variant, source.stem) for source in build.sources() if source.parent == build.SOURCES]
+    with pytest.MonkeyPatch.context() as patch:
+        own = [source for source in build.sources() if source.parent != build.SOURCES]
+        patch.setattr(build, "sources", lambda: own)
+        objects = [*released, *build.build_objects(folder, variant)]
+    build.build_program(folder / "driver", variant, [_DRIVER, *objects], [_table(objects)])
+
+
+def _run(folder, variant):
     emulator = () if variant.name in _RUNNABLE else (_EMULATOR[variant.architecture],)
-    return Program([*emulator, driver], variant.symbol)
+    return Program([*emulator, folder / "driver"], variant.symbol)
 
 
 def _skip(is_skipped, reason):
@@ -340,22 +356,28 @@ def _builds():
         emulator = _EMULATOR.get(variant.architecture)
         reason = f"needs a processor with {_NEEDS[name]}" + (f", or {emulator} of qemu-user" if emulator else "")
         is_skipped = name not in _RUNNABLE and (emulator is None or shutil.which(emulator) is None)
-        yield pytest.param((_build, name), id=name, marks=_skip(is_skipped, reason))
+        yield pytest.param((_build, _run, name), id=name, marks=_skip(is_skipped, reason))
     yield _SANITIZED
 
 
 # The best of this machine's; those that are left compute other values, but no other addresses.
 _SANITIZED = pytest.param(
-    (_build_sanitized, _RUNNABLE[0]), id=f"{_RUNNABLE[0]}-sanitized", marks=_skip(not shutil.which("gcc"), "needs gcc")
+    (_build_sanitized, _run_sanitized, _RUNNABLE[0]),
+    id=f"{_RUNNABLE[0]}-sanitized",
+    marks=_skip(not shutil.which("gcc"), "needs gcc"),
 )
 
 
 @contextmanager
-def _program(param, folder, sources):
-    build_program, name = param
+def _program(param, factory, folder_name, sources):
+    build_driver, run_driver, name = param
+    variant = build.VARIANTS[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "sources", lambda: sources)
-        program = build_program(folder, build.VARIANTS[name])
+        with shared_folder(factory, f"{folder_name}-{build_driver.__name__}-{name}") as (folder, is_filled):
+            if not is_filled:
+                build_driver(folder, variant)
+    program = run_driver(folder, variant)
     yield program
     program.close()
 
@@ -368,15 +390,19 @@ def runnable():
 
 @pytest.fixture(
     scope="session",
-    params=[
-        pytest.param(name, marks=_skip(name not in _RUNNABLE, f"needs a processor with {_NEEDS[name]}"))
-        for name, variant in build.VARIANTS.items()
-        if variant.architecture == platform.machine()
-    ],
+    params=[name for name, variant in build.VARIANTS.items() if variant.architecture == platform.machine()],
 )
-def objects(request, tmp_path_factory):
-    """Folder of the freestanding objects, once for every instruction set of this machine."""
-    return build.build_objects(tmp_path_factory.mktemp("objects"), build.VARIANTS[request.param])[0].parent
+def objects(request):
+    """Folder of the freestanding objects, once for every instruction set of this architecture, whatever runs here."""
+    return find_object(build.VARIANTS[request.param], build.sources()[0].stem).parent
+
+
+@pytest.fixture
+def runnable_objects(objects):
+    """The same, where this machine runs them."""
+    if objects.name not in _RUNNABLE:
+        pytest.skip(f"needs a processor with {_NEEDS[objects.name]}")
+    return objects
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -391,19 +417,19 @@ def one_thread():
 @pytest.fixture(scope="session", params=_builds())
 def kernels(request, tmp_path_factory):
     """The kernels, once for every instruction set that runs here or under an emulator, and once with sanitizers."""
-    with _program(request.param, tmp_path_factory.mktemp("kernels"), [*build.sources(), _LANES]) as program:
+    with _program(request.param, tmp_path_factory, "kernels", [*build.sources(), _LANES]) as program:
         yield Kernels(program)
 
 
 @pytest.fixture(scope="session", params=_builds())
 def faulty(request, tmp_path_factory):
     """Kernels that do what none may do, in all these builds."""
-    with _program(request.param, tmp_path_factory.mktemp("faulty"), [_FAULTY]) as program:
+    with _program(request.param, tmp_path_factory, "faulty", [_FAULTY]) as program:
         yield program
 
 
 @pytest.fixture(scope="session", params=[_SANITIZED])
 def faulty_sanitized(request, tmp_path_factory):
     """The same where what does no harm is noticed, too."""
-    with _program(request.param, tmp_path_factory.mktemp("faulty"), [_FAULTY]) as program:
+    with _program(request.param, tmp_path_factory, "faulty", [_FAULTY]) as program:
         yield program

@@ -1,20 +1,47 @@
-// Functions of lanes.h as kernels of their own, for what the kernels alone would not show: each instruction set has its
+// Functions of lanes.h and dots.h as kernels of their own, for what the kernels alone would not show: each instruction set has its
 // own instructions for them.
-#include "../../../plugins/kernels/lanes.h"
+#include "../../../plugins/kernels/dots.h"
 
-// sums int32 [count, 16] += the products of a uint8 [count, 16, 4] and b int8 [count, 16, 4].
-#define DEFINE_DOT(function)                                                                                         \
-  KERNEL void lanes_##function(float* sums, size_t sums_offset, const uint8_t* a, size_t a_offset, const uint8_t* b, \
-                               size_t b_offset, size_t count) {                                                      \
-    for (size_t i = 0; i < count; ++i) {                                                                             \
-      float* sum = sums + sums_offset + i * LANES;                                                                   \
-      u8x64 left = load_u8(a + a_offset + i * 64);                                                                   \
-      i8x64 right = (i8x64)load_u8(b + b_offset + i * 64);                                                           \
-      store_f32(sum, (f32x16)function((i32x16)load_f32(sum), left, right));                                          \
-    }                                                                                                                \
+// sums int32 [count, 16] += the products of a uint8 [count, 8, 16, 4] and b int8 of the same shape: dot products of eight
+// steps, with a of at most `most`.
+#define DEFINE_DOT(most)                                                                                              \
+  KERNEL void lanes_dot_##most(float* sums, size_t sums_offset, const uint8_t* a, size_t a_offset, const uint8_t* b,  \
+                               size_t b_offset, size_t count) {                                                       \
+    for (size_t i = 0; i < count; ++i) {                                                                              \
+      float* sum = sums + sums_offset + i * LANES;                                                                    \
+      dot_sums dot = start_sums((i32x16)load_f32(sum));                                                               \
+      UNROLL for (int step = 0; step < 8; ++step) {                                                                   \
+        size_t at = (i * 8 + (size_t)step) * 64;                                                                      \
+        add_step(&dot, step, load_u8(a + a_offset + at), most, (i8x64)load_u8(b + b_offset + at));                    \
+      }                                                                                                               \
+      store_f32(sum, (f32x16)dot.wide);                                                                               \
+    }                                                                                                                 \
   }
-DEFINE_DOT(dot_u8_i8)
-DEFINE_DOT(dot_u7_i8)
+DEFINE_DOT(15)
+DEFINE_DOT(31)
+DEFINE_DOT(63)
+DEFINE_DOT(127)
+
+// The same with a int8, of any value.
+KERNEL void lanes_dot_bytes(float* sums, size_t sums_offset, const uint8_t* a, size_t a_offset, const uint8_t* b,
+                            size_t b_offset, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    float* sum = sums + sums_offset + i * LANES;
+    dot_sums dot = start_sums((i32x16)load_f32(sum));
+    UNROLL for (int step = 0; step < 8; ++step) {
+      size_t at = (i * 8 + (size_t)step) * 64;
+      byte_codes codes = load_byte_codes(a + a_offset + at);
+      i8x64 x = (i8x64)load_u8(b + b_offset + at);
+      add_step_of_bytes(&dot, codes, x);
+      if (BYTE_ZERO_POINT) {
+        i32x16 excess = splat_i32(0);
+        for (int byte = 0; byte < 64; ++byte) excess[byte / 4] += BYTE_ZERO_POINT * x[byte];
+        dot.wide -= excess;
+      }
+    }
+    store_f32(sum, (f32x16)dot.wide);
+  }
+}
 
 // wide float32 [count] from narrow, halves; and back, in two ways: 16 at a time and one by one.
 KERNEL void lanes_widen(const f16* narrow, size_t narrow_offset, float* wide, size_t wide_offset, float* wide_by_one,

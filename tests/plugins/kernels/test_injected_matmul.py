@@ -88,10 +88,10 @@ def compile_and_load(text):
 
 
 @pytest.fixture
-def load(objects, monkeypatch):
+def load(runnable_objects, monkeypatch):
     """Compile a module with one instruction set's kernels, which `wrap` finds while it runs, and load it."""
-    monkeypatch.setattr(objects_module, "PACKAGED", objects.parent)
-    monkeypatch.setattr(definitions, "find_variants", lambda _: [build.VARIANTS[objects.name]])
+    monkeypatch.setattr(objects_module, "PACKAGED", runnable_objects.parent)
+    monkeypatch.setattr(definitions, "find_variants", lambda _: [build.VARIANTS[runnable_objects.name]])
     return compile_and_load
 
 

@@ -6,21 +6,34 @@ import pytest
 
 def dot(kernels, function, a, b):
     sums = np.arange(len(a) * 16, dtype=np.int32).reshape(-1, 16) - 50
-    expected = sums + (a.astype(np.int32) * b).sum(-1)
+    expected = sums + (a.astype(np.int32) * b).sum((1, 3))
     kernels.dispatch(f"lanes_{function}", (sums, a, b), [()], lambda _: (len(a),))
     np.testing.assert_array_equal(sums, expected)
 
 
-@pytest.mark.parametrize(("function", "most"), [("dot_u8_i8", 255), ("dot_u7_i8", 127)])
-def test_dot_products_of_bytes_are_exact(kernels, function, most):
+@pytest.mark.parametrize("most", [15, 31, 63, 127])
+def test_dot_products_of_codes_are_exact(kernels, most):
     rng = np.random.default_rng(0)
-    a = rng.integers(0, most + 1, (50, 16, 4), np.uint8)
-    b = rng.integers(-128, 128, (50, 16, 4), np.int8)
-    dot(kernels, function, a, b)
-    # The ends of both ranges, in all combinations of two neighbours: no sum may saturate on the way.
-    a = rng.choice(np.uint8([0, 1, most - 1, most]), (200, 16, 4))
-    b = rng.choice(np.int8([-128, -127, 127]), (200, 16, 4))
-    dot(kernels, function, a, b)
+    a = rng.integers(0, most + 1, (50, 8, 16, 4), np.uint8)
+    b = rng.integers(-128, 128, (50, 8, 16, 4), np.int8)
+    dot(kernels, f"dot_{most}", a, b)
+    # The ends of both ranges, in all combinations of two neighbours: no sum may saturate or wrap around on the way.
+    a = rng.choice(np.uint8([0, 1, most - 1, most]), (200, 8, 16, 4))
+    b = rng.choice(np.int8([-128, -127, 127]), (200, 8, 16, 4))
+    dot(kernels, f"dot_{most}", a, b)
+    for end in (-128, 127):
+        dot(kernels, f"dot_{most}", np.full((1, 8, 16, 4), most, np.uint8), np.full((1, 8, 16, 4), end, np.int8))
+
+
+def test_dot_products_of_bytes_are_exact(kernels):
+    """Of any bytes with activations, which are above -128."""
+    rng = np.random.default_rng(1)
+    a = rng.integers(-128, 128, (50, 8, 16, 4), np.int8)
+    b = rng.integers(-127, 128, (50, 8, 16, 4), np.int8)
+    dot(kernels, "dot_bytes", a, b)
+    a = rng.choice(np.int8([-128, -127, -1, 0, 1, 127]), (200, 8, 16, 4))
+    b = rng.choice(np.int8([-127, 127]), (200, 8, 16, 4))
+    dot(kernels, "dot_bytes", a, b)
 
 
 def test_every_half_is_widened_exactly(kernels):

@@ -1,10 +1,12 @@
 """What is measured is really done: every byte is read, every product added; and the module runs on this machine."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from llmir_iree.plugins.kernels.peaks import MACS_PER_ROUND, OPERAND_SHAPE, peaks_module
-from llmir_iree.targets import Target, resolve_target
+from llmir_iree.plugins.kernels.peaks import PRODUCTS, peaks_module
+from llmir_iree.targets import resolve_target
 
 
 @pytest.mark.parametrize("vectors", [1, 3, 7, 40, 41])
@@ -19,19 +21,32 @@ def test_every_byte_is_read_by_its_workgroup(kernels, vectors):
         assert seen.tolist() == [int(position // 64 // share == workgroup) for workgroup in range(workgroups)]
 
 
-def test_every_pair_of_vectors_is_multiplied_in_every_round(kernels):
+def test_every_pair_of_vectors_of_bytes_is_multiplied_in_every_round(kernels):
+    shape, rounds = PRODUCTS["bytes"].shape, 5
     rng = np.random.default_rng(0)
-    a = rng.integers(0, 256, OPERAND_SHAPE, np.uint8)
-    b = rng.integers(-128, 128, OPERAND_SHAPE, np.int8)
+    a = rng.integers(0, 16, shape, np.uint8)
+    b = rng.integers(-128, 128, shape, np.int8)
     sums = np.full((2, 16), -1, np.int32)
-    rounds = 5
     kernels.dispatch("llmir_multiply_bytes", (a, b, sums), range(2), lambda w: (rounds, w))
     products = np.einsum("ilk,jlk->l", a.reshape(-1, 16, 4).astype(np.int64), b.reshape(-1, 16, 4).astype(np.int64))
-    assert sums.tolist() == [(rounds * products).tolist()] * 2
-    assert OPERAND_SHAPE[0] ** 2 * OPERAND_SHAPE[1] == MACS_PER_ROUND
+    assert sums.tolist() == [(2 * rounds * products).tolist()] * 2
+
+
+def test_every_pair_of_vectors_of_floats_is_multiplied_in_every_round(kernels):
+    shape, rounds = PRODUCTS["floats"].shape, 5
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(-9, 9, (2, *shape)).astype(np.float32)  # whose sums are exact
+    sums = np.full((2, 16), -1, np.float32)
+    kernels.dispatch("llmir_multiply_floats", (a, b, sums), range(2), lambda w: (rounds, w))
+    assert sums.tolist() == [(rounds * np.einsum("il,jl->l", a, b)).tolist()] * 2
+
+
+def test_products_are_counted():
+    assert PRODUCTS["bytes"].macs_per_round == 2 * 4 * 4 * 64
+    assert PRODUCTS["floats"].macs_per_round == 4 * 4 * 16
 
 
 def test_a_processor_without_kernels_has_no_module():
     flags = ("--iree-llvmcpu-target-cpu=", "--iree-llvmcpu-target-triple=riscv64-linux-gnu")
     target = resolve_target("llvm-cpu")
-    assert peaks_module(Target("riscv", target.family, target.driver, (*target.flags, *flags))) is None
+    assert peaks_module(replace(target, name="riscv", flags=(*target.flags, *flags))) is None

@@ -117,6 +117,31 @@ def test_extreme_codes(kernels, weight_format, code):
         assert (np.abs(y - x.astype(np.float64) @ weights.T) <= 1e-5 * size + 1e-3).all()
 
 
+@pytest.mark.parametrize("weight_format", ["q4_0", "f16"])
+@pytest.mark.parametrize("columns", [16, 41, 330])
+def test_workgroups_share_all_columns(kernels, weight_format, columns):
+    """However many there are: more than pairs of tiles, as many, or fewer, which take unequal shares."""
+    planes, _ = random_weights(weight_format, columns, 64)
+    tiles = pack_tile16(weight_format, planes)
+    x = np.random.default_rng(8).standard_normal((9, 64)).astype(np.float32)
+    whole = kernels.matmul(weight_format, tiles, x, columns, workgroups=1)
+    assert np.isfinite(whole).all()
+    for workgroups in (2, 5, 10, 11, 15):
+        np.testing.assert_array_equal(kernels.matmul(weight_format, tiles, x, columns, workgroups), whole)
+
+
+def test_workgroups_share_all_groups(kernels):
+    """A gated layer's second records are the same as well: groups that are compared stay together."""
+    rows, columns, depth = 5, 32 * 27, 64
+    planes, _ = random_weights("q4_0", 2 * columns, depth)
+    tiles = pack_tile16("q4_0", planes)
+    codes = kernels.quantize(np.random.default_rng(9).standard_normal((rows, depth)).astype(np.float32))
+    whole = read_records(kernels.gated_matmul("q4_0", tiles, codes, rows, columns, depth, workgroups=1), rows, columns)
+    for workgroups in (2, 6, 7, 15):
+        packed = kernels.gated_matmul("q4_0", tiles, codes, rows, columns, depth, workgroups)
+        np.testing.assert_array_equal(read_records(packed, rows, columns), whole)
+
+
 @pytest.mark.parametrize("weight_format", BLOCKED)
 def test_rows_do_not_mix(kernels, weight_format):
     planes, _ = random_weights(weight_format, 40, 512)
@@ -205,5 +230,5 @@ def test_plain_weights(kernels, weight_format, rows):
 
 def test_every_half_is_widened_exactly(kernels):
     w = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(-1, 1)
-    y = kernels.matmul("f16", pack_tile16("f16", {"w": w}), np.ones((1, 1), np.float32), len(w), 512)
+    y = kernels.matmul("f16", pack_tile16("f16", {"w": w}), np.ones((1, 1), np.float32), len(w), 8)
     np.testing.assert_array_equal(y[0], w[:, 0].astype(np.float32))

@@ -279,9 +279,9 @@ def module_of(element):
     )
 
 
-def test_compiled_module_prefills_and_decodes(objects, dtype, monkeypatch):
-    monkeypatch.setattr(objects_module, "PACKAGED", objects.parent)
-    monkeypatch.setattr(definitions, "find_variants", lambda _: [build.VARIANTS[objects.name]])
+def test_compiled_module_prefills_and_decodes(runnable_objects, dtype, monkeypatch):
+    monkeypatch.setattr(objects_module, "PACKAGED", runnable_objects.parent)
+    monkeypatch.setattr(definitions, "find_variants", lambda _: [build.VARIANTS[runnable_objects.name]])
     binary = compile_str(
         module_of({"float16": "f16", "bfloat16": "bf16"}[dtype.name]), input_type="none", extra_args=TARGET.flags
     )

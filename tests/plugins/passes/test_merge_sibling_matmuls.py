@@ -24,8 +24,8 @@ def test_q_k_v_and_gate_up_become_one_each(llama: Any, run_passes: Callable[...,
 
 @pytest.mark.parametrize(
     "options",
-    [{"merged": {}}, {"preference": "portable"}, {"target": "cuda"}],
-    ids=["archive-without-spans", "portable", "no-kernels"],
+    [{"merged": {}}, {"preference": "portable"}, {"preference": "portable", "target": "cuda"}],
+    ids=["archive-without-spans", "portable", "portable-gpu"],
 )
 def test_nothing_merges_without_kernels_or_spans(
     llama: Any, run_passes: Callable[..., Any], options: dict[str, Any]
