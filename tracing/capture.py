@@ -1,7 +1,7 @@
 """The capture: a folder that holds what one recording saw, as data that later programs can read without the model.
 
-This file is the one reader and the one writer of its tables. A capture of a newer schema, a row with an unknown field
-and a file that ends in the middle of a row are refused.
+This file is the one reader and the one writer of its tables; docs/capture-format.md tells other programs of them. A
+capture of a newer schema, a row with an unknown field and a file that ends in the middle of a row are refused.
 
     NAME.llmtrace/
       manifest.json                    what was recorded, with what, and what is missing: `CaptureManifest`
@@ -13,7 +13,7 @@ and a file that ends in the middle of a row are refused.
       process-<n>.tracy                raw; opens in Tracy's own viewer
       ir/portable.mlir  ir/debug.mlir  what was compiled, and the same with locations
       ir/phases/                       one file for every phase of the compiler
-      ir/tree/                         IR after every pass that changed something, one folder for every dispatch
+      ir/passes.mlir.zst               IR after every pass that changed something, see `llmir_iree.tracing.ir_dump`
       ir/binaries/                     the machine code that was run
 """
 
@@ -30,7 +30,10 @@ from llmir_iree.params.errors import LlmirError
 
 CAPTURE_SUFFIX = ".llmtrace"
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+PASSES_NAME = "passes.mlir.zst"
+SCHEMA_VERSION = 2
+# Version 1 held the IR of passes as a folder, `ir/tree`, and had no `session` and no `process_ns`.
+_READABLE_VERSIONS = (1, SCHEMA_VERSION)
 
 Source = Literal["ireeprof", "tracy", "ir"]
 SOURCES: tuple[Source, ...] = ("ireeprof", "tracy", "ir")
@@ -65,6 +68,9 @@ class CaptureManifest(_Record):
         functions: those that were called.
         batch_size, context: of a bundle's phase: sequences, and tokens in the cache before the first call.
         processes: how many ran, one after the other; a row names its own by number.
+        session: shared by the captures of one recording, which took turns: the n-th process of each ran side by side.
+            None in captures that were made before there were sessions, and of a generation.
+        process_ns: of each process that ran under `.ireeprof`, when it began and ended, in ns since the epoch.
         warm_up_calls: calls at the beginning of each process that met cold caches, and that tables leave out.
         clock_ns: of each process, what all its calls took together by its own clock.
         shapes: of the arguments of every call, None for one that is not known; empty if none is.
@@ -85,6 +91,8 @@ class CaptureManifest(_Record):
     batch_size: int | None = None
     context: int | None = None
     processes: int = Field(ge=0)
+    session: str | None = None
+    process_ns: tuple[tuple[int, int], ...] = ()
     warm_up_calls: int = 0
     clock_ns: tuple[int, ...] = ()
     shapes: tuple[tuple[int, ...] | None, ...] = ()
@@ -210,12 +218,15 @@ class Capture:
             raise CaptureError(
                 f"{folder}: not a capture, it has no {MANIFEST_NAME}; llmir-trace record makes one"
             ) from None
+        except UnicodeDecodeError:
+            raise CaptureError(f"{file}: not a capture's manifest") from None
         try:
             version = json.loads(text)["schema_version"]
         except (ValueError, KeyError, TypeError):
             raise CaptureError(f"{file}: not a capture's manifest") from None
-        if version != SCHEMA_VERSION:
-            raise CaptureError(f"{folder}: its schema is {version}; this program reads {SCHEMA_VERSION}")
+        if version not in _READABLE_VERSIONS:
+            readable = " and ".join(map(str, _READABLE_VERSIONS))
+            raise CaptureError(f"{folder}: its schema is {version}; this program reads {readable}")
         try:
             return cls(folder, CaptureManifest.model_validate_json(text))
         except ValidationError as error:
@@ -247,6 +258,11 @@ class Capture:
         """The folder of the IR, which may not be there."""
         return self.folder / "ir"
 
+    @property
+    def has_passes(self) -> bool:
+        """Whether it holds the IR after every pass."""
+        return (self.ir / PASSES_NAME).is_file() or (self.ir / "tree").is_dir()
+
 
 def write_rows(folder: Path, row: type[Row], rows: Iterable[Row]) -> None:
     """Write one table of a capture that is being made."""
@@ -255,7 +271,7 @@ def write_rows(folder: Path, row: type[Row], rows: Iterable[Row]) -> None:
 
 
 def _read_rows(file: Path, row: type[Row]) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as stream:
+    with file.open("rb") as stream:  # pydantic decodes, and refuses what is no text.
         for number, line in enumerate(stream, 1):
             try:
                 yield row.model_validate_json(line)

@@ -1,19 +1,26 @@
 """Compares two captures: what changed for certain, by how much, and how much of the whole that is.
 
-Of each place in a function the cost in one process is the median of its runs there, times how often it runs a call.
-Costs of several places add up, and what the median call takes beyond them is a row of its own, between dispatches.
+Of each process the fastest quarter of its calls counts: what disturbs a call, such as another program on its core, only
+ever adds to it, and a busy machine disturbs more than half of them. The cost of a place in a function is what it takes
+of these calls on average, so that the costs of all places and the time between dispatches add up to the call. A change
+that leaves a quarter of the calls as fast as before is therefore not seen here; means over all calls, which
+`llmir_iree.tracing.table` gives, show it.
 
 Changes are told from noise by what the processes of one side differ, see `llmir_iree.tracing.noise`; a machine that is
-slower for a while is taken out, see `llmir_iree.tracing.drift`. What remains assumed is that such a machine slows all
-dispatches alike, and it may slow those that wait for memory more than those that compute. Captures that were recorded
-side by side, a process of A, one of B, and so on, need this assumption least.
+slower for a while is taken out, see `llmir_iree.tracing.drift`. Captures that were recorded one after the other leave
+two things open: whether everything slowed down alike or the machine did, of which the machine is taken for the cause;
+and whether such a machine slows all dispatches alike, which is assumed, though it may slow those that wait for memory
+more than those that compute. Captures of one session leave neither open: their processes took turns, and those of one
+turn are compared with each other. Nothing is taken out of a call then; its rows are measured against each other as
+before, so that a machine that wanders hides no change of one of them, unless all of them moved alike for certain.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from statistics import median
 from typing import Literal
 
@@ -22,7 +29,7 @@ import numpy as np
 from llmir_iree.tracing.capture import Call, Capture, CaptureError, CaptureManifest, DispatchRun, Site
 from llmir_iree.tracing.drift import Baseline, Quantities, find_baseline
 from llmir_iree.tracing.match import Match, Place, find_places, match_places
-from llmir_iree.tracing.noise import MIN_CHANGE, MIN_PROCESSES, Differences, Floats, find_differences
+from llmir_iree.tracing.noise import MIN_CHANGE, MIN_PROCESSES, Differences, Floats
 
 Grouping = Literal["dispatch", "site", "kind", "layer"]
 
@@ -31,13 +38,15 @@ BETWEEN = "between dispatches"
 # A smaller drift is taken out as well, but not worth a word.
 _NOTABLE_DRIFT = 0.01
 
+_UNDISTURBED = 0.25
+
 _NAMED_ROWS = 3
 _NAMED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Change:
-    """By what a time changed, the drift taken out.
+    """By what a time changed, the drift taken out where `FunctionDiff` says so.
 
     Attributes:
         ratio: of B to A.
@@ -62,7 +71,7 @@ class DiffRow:
         detail: what else is different about it, in words; empty if nothing is.
         matches: the places; none for the time between dispatches.
         a_ns, b_ns: time a call, None on the side that does not have them.
-        delta_ns: what they add to a call in B, the drift taken out.
+        delta_ns: what they add to a call in B, the drift taken out unless processes took turns.
         share: of `delta_ns` in the function's; None where that is no change.
         change: None where it cannot be known: on one side only, or too few processes.
     """
@@ -94,9 +103,12 @@ class FunctionDiff:
     Attributes:
         function: its name.
         processes: of A and of B.
-        a_ns, b_ns: wall time of a call.
-        drift: ratio of B to A by which most dispatches moved alike; None if they did not, and nothing is taken out.
-        change: of the whole call, the drift taken out; None if there are too few processes.
+        a_ns, b_ns: wall time of a call that nothing disturbs.
+        took_turns: whether the captures are of one session, so that each process has a neighbour in time.
+        drift: ratio of B to A by which most dispatches moved alike, taken out of the rows' changes; None if they did
+            not, and nothing is taken out.
+        uniform: the same where it is a change, as only processes that took turns can tell: it is in all changes then.
+        change: of the whole call, the drift taken out unless processes took turns; None if there are too few of them.
         rows: largest `delta_ns` first, up or down; they add up to the call.
     """
 
@@ -104,7 +116,9 @@ class FunctionDiff:
     processes: tuple[int, int]
     a_ns: float
     b_ns: float
+    took_turns: bool
     drift: float | None
+    uniform: float | None
     change: Change | None
     rows: tuple[DiffRow, ...]
 
@@ -115,7 +129,7 @@ class FunctionDiff:
             tendency = _percent(self.b_ns / self.a_ns)
             return f"{self.function} {tendency}, but nothing can be called: {few}, it takes {MIN_PROCESSES} a side"
         sentence = self._total(self.change)
-        if self.drift is not None and abs(self.drift - 1) >= _NOTABLE_DRIFT:
+        if self.drift is not None and not self.took_turns and abs(self.drift - 1) >= _NOTABLE_DRIFT:
             sentence += (
                 f"; besides, everything moved alike and got {_percent(self.drift)}: the machine, or something "
                 "that all dispatches share"
@@ -124,17 +138,41 @@ class FunctionDiff:
 
     def _total(self, change: Change) -> str:
         if change.is_called:
-            named = [row for row in self.rows if row.is_called or row.side != "both"]
-            named = [row for row in named if (row.share or 0) >= _NAMED_SHARE][:_NAMED_ROWS]
-            parts = [f"{row.share:.0%}{' of it' * (not n)} in {_describe(row)}" for n, row in enumerate(named)]
+            named = [(share, what) for share, what in self._causes() if share >= _NAMED_SHARE][:_NAMED_ROWS]
+            parts = [f"{share:.0%}{' of it' * (not n)} in {what}" for n, (share, what) in enumerate(named)]
+            if self.uniform is not None:
+                others = "other" if parts else "most"
+                parts.append(f"{others} dispatches alike got {_percent(self.uniform)}")
             return f"{self.function} {_percent(change.ratio)}" + (f": {', '.join(parts)}" if parts else "")
-        called = [row for row in self.rows if row.change is not None and row.is_called]
+        called = [row for row in self.rows if row.is_called]
         sentence = f"{self.function}: no change of the whole is called, {_interval(change)}"
         if called:
             parts = [f"{_describe(row)} {_percent(row.change.ratio)}" for row in called[:_NAMED_ROWS] if row.change]
             more = f" and {len(called) - _NAMED_ROWS} more" if len(called) > _NAMED_ROWS else ""
             sentence += f"; changed: {', '.join(parts)}{more}"
         return sentence
+
+    def _causes(self) -> list[tuple[float, str]]:
+        """What stands out, with its share of the change, largest first.
+
+        Where both sides have rows of their own, one replaces the other, and only together do they cost something.
+        """
+        rows = [row for row in self.rows if self._stands_out(row)]
+        gone, new = ([row for row in rows if row.side == side] for side in ("a", "b"))
+        causes = []
+        if gone and new:
+            share = sum(row.share or 0 for row in (*gone, *new))
+            causes.append((share, f"{_describe_all(new)} in place of {_describe_all(gone)}"))
+            rows = [row for row in rows if row.side == "both"]
+        causes.extend((row.share or 0, _describe(row)) for row in rows)
+        return sorted(causes, reverse=True)
+
+    def _stands_out(self, row: DiffRow) -> bool:
+        """Whether a row is certain to have changed, and otherwise than all others."""
+        if row.change is None:
+            return row.side != "both"
+        moved_alike = self.uniform is not None and row.change.low <= self.uniform <= row.change.high
+        return row.is_called and not moved_alike
 
 
 @dataclass(frozen=True)
@@ -159,10 +197,21 @@ class CaptureDiff:
 
 @dataclass(frozen=True)
 class _Side:
-    """One function in one capture: wall time of a call [processes], and each place's cost in it [processes], in ns."""
+    """One function in one capture: wall time of a call [processes], and each place's cost in it [processes], in ns.
 
+    `processes` are their numbers.
+    """
+
+    processes: tuple[int, ...]
     walls: Floats
     costs: Mapping[tuple[int, str], Floats]
+
+    def take(self, processes: Collection[int]) -> _Side:
+        """Some of its processes, in the order of their numbers."""
+        rows = [row for row, number in enumerate(self.processes) if number in processes]
+        rows.sort(key=self.processes.__getitem__)
+        numbers = tuple(self.processes[row] for row in rows)
+        return _Side(numbers, self.walls[rows], {place: costs[rows] for place, costs in self.costs.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,61 +253,81 @@ def compare_captures(a: Capture, b: Capture, by: Grouping = "dispatch") -> Captu
     matches: dict[str, list[Match]] = defaultdict(list)
     for match in match_places(*places):
         matches[match.function].append(match)
-    functions = tuple(_compare(name, sides[0][name], sides[1][name], matches[name], by) for name in common)
+    took_turns = a.manifest.session is not None and a.manifest.session == b.manifest.session
+    functions = tuple(
+        _compare(name, sides[0][name], sides[1][name], matches[name], by, took_turns=took_turns) for name in common
+    )
     lonely = sorted(sides[0].keys() ^ sides[1].keys())
     return CaptureDiff(a.manifest, b.manifest, functions, tuple(_notes(a.manifest, b.manifest, lonely)))
 
 
 def _read_sides(capture: Capture, runs: Iterable[DispatchRun]) -> dict[str, _Side]:
-    walls: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    calls: dict[str, dict[int, list[Call]]] = defaultdict(lambda: defaultdict(list))
     for call in capture.read(Call):
-        walls[call.function][call.process].append(call.wall_ns)
-    durations: dict[str, dict[tuple[int, str], dict[int, list[int]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+        calls[call.function][call.process].append(call)
+    kept = {
+        function: {process: _undisturbed(made) for process, made in by_process.items()}
+        for function, by_process in calls.items()
+    }
+    sums: dict[str, dict[tuple[int, str], Counter[int]]] = defaultdict(lambda: defaultdict(Counter))
     for run in runs:
-        durations[run.function][run.site, run.key][run.process].append(run.duration_ns)
+        if run.function in kept:
+            # A place that did not run in a process, or not in these calls, took nothing of them.
+            is_kept = run.call in kept[run.function].get(run.process, ())
+            sums[run.function][run.site, run.key][run.process] += run.duration_ns if is_kept else 0
     sides = {
         function: _Side(
-            np.array([float(median(calls)) for calls in walls[function].values()]),
-            {place: _costs(of, walls[function]) for place, of in durations[function].items()},
+            tuple(kept[function]),
+            np.array([np.mean(list(walls.values())) for walls in kept[function].values()]),
+            {place: _costs(of, kept[function]) for place, of in sums[function].items()},
         )
-        for function in walls.keys() & durations.keys()
+        for function in kept.keys() & sums.keys()
     }
     if not sides:
         raise CaptureError(f"{capture.folder}: no calls with dispatches in them were recorded; nothing to compare")
     return sides
 
 
-def _costs(durations: Mapping[int, Sequence[int]], calls: Mapping[int, Sequence[int]]) -> Floats:
-    """What a place takes of a call, process by process: more or less than its median if it does not run once a call."""
-    runs = {process: durations.get(process) or [0] for process in calls}
-    costs = [median(runs[process]) * len(runs[process]) / len(calls[process]) for process in calls]
+def _undisturbed(calls: Sequence[Call]) -> dict[int, int]:
+    """Wall times of the fastest calls of one process, by number."""
+    ordered = sorted(calls, key=lambda call: call.wall_ns)
+    return {call.call: call.wall_ns for call in ordered[: ceil(_UNDISTURBED * len(ordered))]}
+
+
+def _costs(sums: Mapping[int, int], calls: Mapping[int, Mapping[int, int]]) -> Floats:
+    """What a place takes of a call, process by process."""
     # Of what took no time there is no ratio.
-    return np.maximum(1.0, costs)
+    return np.maximum(1.0, [sums.get(process, 0) / len(made) for process, made in calls.items()])
 
 
-def _compare(function: str, a: _Side, b: _Side, matches: Sequence[Match], by: Grouping) -> FunctionDiff:
+def _compare(
+    function: str, a: _Side, b: _Side, matches: Sequence[Match], by: Grouping, *, took_turns: bool
+) -> FunctionDiff:
+    if took_turns:  # A process whose neighbour failed has none to be compared with.
+        a, b = a.take(b.processes), b.take(a.processes)
     rows = _make_rows(a, b, matches, by)
-    totals = _typical(a.walls), _typical(b.walls)
     processes = len(a.walls), len(b.walls)
+    totals = _typical(a.walls), _typical(b.walls)
     if min(processes) < MIN_PROCESSES:
-        return FunctionDiff(function, processes, *totals, None, None, _finish(rows, totals, None, {}, None, by))
+        finished = _finish(rows, totals, None, {}, None, by)
+        return FunctionDiff(function, processes, *totals, took_turns, None, None, None, finished)
     exports = _make_rows(a, b, matches, "dispatch")
     references = [row for row in exports if row.is_on_both_sides]
-    baseline = find_baseline(_logarithms(references))
-    total = _judge_call(a, b, exports, _measure(references, references, baseline, "dispatch"), baseline.drift)
+    baseline = find_baseline(_logarithms(references, are_paired=took_turns))
+    noise = _measure(references, references, baseline, "dispatch")
+    total = _judge_call(a, b, exports, noise, baseline)
     both = [row for row in rows if row.is_on_both_sides]
     changes = dict(zip(both, _changes(_measure(both, references, baseline, by)), strict=True))
-    finished = _finish(rows, totals, baseline.drift, changes, total, by)
-    drift = None if baseline.drift is None else float(np.exp(baseline.drift))
-    return FunctionDiff(function, processes, *totals, drift, total, finished)
+    finished = _finish(rows, totals, None if took_turns else baseline.drift, changes, total, by)
+    drift, uniform = (None if moved is None else float(np.exp(moved)) for moved in (baseline.drift, baseline.uniform))
+    return FunctionDiff(function, processes, *totals, took_turns, drift, uniform, total, finished)
 
 
 def _measure(rows: Sequence[_Row], references: Sequence[_Row], baseline: Baseline, by: Grouping) -> Differences:
     # A layer has a part in nearly all exports, and a small one in each.
     others = [[by == "layer" or not row.has_part_in(other) for other in references] for row in rows]
-    return baseline.find_differences(_logarithms(rows), np.array(others))
+    are_paired = baseline.references.are_paired
+    return baseline.find_differences(_logarithms(rows, are_paired=are_paired), np.array(others))
 
 
 def _make_rows(a: _Side, b: _Side, matches: Sequence[Match], by: Grouping) -> list[_Row]:
@@ -309,10 +378,10 @@ def _facts(match: Match) -> Site | None:
     return place.facts if place else None
 
 
-def _logarithms(rows: Sequence[_Row]) -> Quantities:
+def _logarithms(rows: Sequence[_Row], *, are_paired: bool) -> Quantities:
     """Of rows on both sides."""
     a, b = [row.a for row in rows if row.a is not None], [row.b for row in rows if row.b is not None]
-    return Quantities(np.log(np.stack(a, axis=1)), np.log(np.stack(b, axis=1)))
+    return Quantities(np.log(np.stack(a, axis=1)), np.log(np.stack(b, axis=1)), are_paired)
 
 
 def _changes(noise: Differences) -> list[Change]:
@@ -329,13 +398,15 @@ def _change(value: float, margin: float, floor: float, *, is_called: bool) -> Ch
     return Change(ratio, low, high, limit - 1, is_called)
 
 
-def _judge_call(a: _Side, b: _Side, rows: Sequence[_Row], noise: Differences, drift: float | None) -> Change:
+def _judge_call(a: _Side, b: _Side, rows: Sequence[_Row], noise: Differences, baseline: Baseline) -> Change:
     """The change of a whole call.
 
     With a drift its parts were each measured against the others, and their noise adds up as that of independent ones.
     """
-    if drift is None:
-        [change] = _changes(find_differences(np.log(a.walls)[:, None], np.log(b.walls)[:, None], np.zeros(1)))
+    drift, references = baseline.drift, baseline.references
+    if drift is None or references.are_paired:
+        walls = Quantities(np.log(a.walls)[:, None], np.log(b.walls)[:, None], references.are_paired)
+        [change] = _changes(Baseline(references, None).find_differences(walls, np.ones((1, 1), np.bool_)))
     else:
         errors = iter(noise.errors)
         squares = [
@@ -348,6 +419,8 @@ def _judge_call(a: _Side, b: _Side, rows: Sequence[_Row], noise: Differences, dr
         value = float(np.log(_typical(b.walls) / _typical(a.walls))) - drift
         floor = max(noise.critical_for_one * error, MIN_CHANGE)
         change = _change(value, noise.interval * error, floor, is_called=abs(value) > floor)
+    if references.are_paired:  # A call that was measured beside its neighbour needs no other witness.
+        return change
     is_noise = not noise.are_called.any() and all(row.is_on_both_sides for row in rows)
     return replace(change, is_called=False) if is_noise else change
 
@@ -430,6 +503,9 @@ def only_in(a: Sequence[str], b: Sequence[str]) -> tuple[list[str], list[str]]:
 def _notes(a: CaptureManifest, b: CaptureManifest, lonely: Sequence[str]) -> Iterator[str]:
     if lonely:
         yield f"in one of the captures only: {', '.join(lonely)}"
+    if a.session is not None and a.session == b.session and a.process_ns and b.process_ns:
+        apart = median(abs(x[0] - y[0]) for x, y in zip(a.process_ns, b.process_ns, strict=False))
+        yield f"their processes took turns, {apart / 1e9:.1f} s apart, and are compared with their neighbours in time"
     for field in ("phase", "batch_size", "context", "device"):
         x, y = getattr(a, field), getattr(b, field)
         if x != y:
@@ -454,6 +530,12 @@ def _notes(a: CaptureManifest, b: CaptureManifest, lonely: Sequence[str]) -> Ite
 def _describe(row: DiffRow) -> str:
     only = {"both": "", "a": " only in A", "b": " only in B"}[row.side]
     return f"{row.label}{only}" + (f" ({row.detail})" if row.detail else "")
+
+
+def _describe_all(rows: Sequence[DiffRow]) -> str:
+    """Rows of one side: the one that takes most of a call, and how many there are besides."""
+    most = max(rows, key=lambda row: abs(row.delta_ns))
+    return most.label + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
 
 
 def _percent(ratio: float) -> str:

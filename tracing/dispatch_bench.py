@@ -27,6 +27,7 @@ from llmir_iree.tracing.children import run_child, runtime_tool
 from llmir_iree.tracing.ireeprof import EntryPoint, read_entry_points
 from llmir_iree.tracing.match import Place, find_places
 from llmir_iree.tracing.stream_sites import StreamSite, read_stream_sites
+from llmir_iree.tracing.workgroup_counts import declared_workgroups
 
 _FORMAT = re.compile(r'#hal\.executable\.target<"[^"]*", "([^"]*)"')
 _BINARY = "*.so"
@@ -190,6 +191,7 @@ def _find_setup(capture: Capture, runs: Sequence[DispatchRun], place: Place) -> 
             f"{place.key}: takes {point.bindings} buffers and {point.constants} constants in the binary, and "
             f"{len(site.bindings)} and {len(site.scalars)} in the IR; they are not of one compilation"
         )
+    _check_count(capture, place, site)
     bindings = [binding.nbytes for binding in site.bindings if binding.nbytes is not None]
     constants = [value for value in site.scalars if value is not None]
     if len(bindings) < len(site.bindings) or len(constants) < len(site.scalars):
@@ -209,6 +211,19 @@ def _find_setup(capture: Capture, runs: Sequence[DispatchRun], place: Place) -> 
         tuple(bindings),
         tuple(value & 0xFFFFFFFF for value in constants),
     )
+
+
+def _check_count(capture: Capture, place: Place, site: StreamSite) -> None:
+    """Compare the recorded workgroups with those that the export declares, as far as that can be computed."""
+    for file in sorted((capture.ir / "phases").glob("*.executable-targets.mlir")):
+        text = file.read_text(encoding="utf-8")
+        declared = declared_workgroups(text, site.executable, site.key, site.workload)
+        if declared is not None and declared != place.workgroups:
+            recorded, expected = ("x".join(map(str, counts)) for counts in (place.workgroups, declared))
+            raise CaptureError(
+                f"{place.key}: was recorded with {recorded} workgroups, and its export declares {expected}; they are "
+                "not of one compilation, and it would write where it may not"
+            )
 
 
 def _of(runs: Sequence[DispatchRun], place: Place) -> list[DispatchRun]:
@@ -246,7 +261,8 @@ def _find_entry_point(capture: Capture, place: Place) -> EntryPoint:
 def _find_binary(capture: Capture, module: Path | None, scratch: Path) -> Path:
     """The machine code that was recorded.
 
-    Workgroups of another one may cover other parts of the result, and nothing in a binary tells.
+    Workgroups of another one may cover other parts of the result, and nothing in a binary tells: the host computes how
+    many there are, so that only the recorded module's count is known.
     """
     kept = sorted((capture.ir / "binaries").glob(_BINARY))
     if module is None:

@@ -4,6 +4,10 @@ A machine that others use is slower for minutes at a time. Each quantity is ther
 references: by how much a process was slower than the others of its side is the weighted median over the references,
 and what remains of a quantity is its own noise. A quantity is never a reference of its own, or its noise would look
 smaller than it is. Between the sides this takes that most references moved by one ratio, the drift.
+
+Where the processes of the sides took turns, the same is done with the differences of each pair, and the drift is put to
+the test first: a ratio that holds pair after pair is no doing of a machine that both sides shared. It is a change then,
+and nothing is taken out.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llmir_iree.tracing.noise import Differences, Floats, find_differences
+from llmir_iree.tracing.noise import MIN_CHANGE, Differences, Floats, find_differences, find_paired_differences
 
 Mask = npt.NDArray[np.bool_]
 
@@ -28,10 +32,14 @@ _LARGE_DRIFT = float(np.log(1.1))
 
 @dataclass(frozen=True)
 class Quantities:
-    """Logarithms of times that were measured on both sides: `a` and `b` are [processes, quantities]."""
+    """Logarithms of times that were measured on both sides: `a` and `b` are [processes, quantities].
+
+    Where they are paired, the n-th processes of both sides ran in one turn, and there are as many of each.
+    """
 
     a: Floats
     b: Floats
+    are_paired: bool = False
 
     @property
     def sizes(self) -> Floats:
@@ -51,32 +59,37 @@ class Baseline:
 
     Attributes:
         references: quantities most of which did not change, if there is a drift.
-        drift: logarithm of the ratio of B to A by which most references moved, None if there is no such ratio: nothing
-            is taken out then.
+        drift: logarithm of the ratio of B to A by which most references moved, None if there is no such ratio, or if it
+            is a change: nothing is taken out then.
         excess: by how much the sides differ more than their processes tell, see `Differences.excess`.
+        uniform: logarithm of that ratio if it is a change, None if it is not or cannot be told from a drift.
     """
 
     references: Quantities
     drift: float | None
     excess: float = 1.0
+    uniform: float | None = None
 
     def find_differences(self, quantities: Quantities, others: Mask) -> Differences:
-        """Compare the two sides, the drift and each process's own slowness taken out.
+        """Compare the two sides, the drift and each process's own slowness taken out if there is a drift.
 
         Args:
             quantities: what to compare.
             others: [quantities, references], which references have no part in a quantity; at least one for each.
         """
         if self.drift is None:
-            return find_differences(quantities.a, quantities.b, quantities.sizes)
-        weights = self.references.weights * others
-        a = quantities.a - _slowness(self.references.a, weights)
-        b = quantities.b - _slowness(self.references.b, weights) - self.drift
-        return find_differences(a, b, quantities.sizes, self.excess)
+            return _compare(quantities.a, quantities.b, quantities)
+        weights, references = self.references.weights * others, self.references
+        if quantities.are_paired:
+            slowness = _slowness(references.b - references.a, weights)
+            return _compare(quantities.a + slowness, quantities.b - self.drift, quantities, self.excess)
+        a = quantities.a - _slowness(references.a, weights)
+        b = quantities.b - _slowness(references.b, weights) - self.drift
+        return _compare(a, b, quantities, self.excess)
 
 
 def find_baseline(references: Quantities) -> Baseline:
-    """Find the drift, and how noisy the sides were beyond their processes."""
+    """Find the drift, or that it is a change, and how noisy the sides were beyond their processes."""
     count = references.a.shape[1]
     if count < _MIN_REFERENCES:
         return Baseline(references, None)
@@ -89,7 +102,22 @@ def find_baseline(references: Quantities) -> Baseline:
     agree = np.abs(noise.values) <= limits
     if agree.sum() < _MIN_REFERENCES or weights[agree].sum() < _AGREEMENT * weights.sum():
         return Baseline(references, None)
+    if references.are_paired and _is_change(references, weights):
+        return Baseline(references, None, uniform=drift)
     return Baseline(references, drift, noise.excess)
+
+
+def _compare(a: Floats, b: Floats, quantities: Quantities, excess: float = 1.0) -> Differences:
+    if quantities.are_paired:
+        return find_paired_differences(b - a, quantities.sizes, excess)
+    return find_differences(a, b, quantities.sizes, excess)
+
+
+def _is_change(references: Quantities, weights: Floats) -> bool:
+    """Whether the middle of all references moves by one ratio from pair to pair, and not by chance."""
+    middles = np.array([[_weighted_median(pair, weights)] for pair in references.b - references.a])
+    found = find_paired_differences(middles, np.zeros(1))
+    return bool(np.abs(found.values[0]) > max(found.critical_for_one * found.errors[0], MIN_CHANGE))
 
 
 def _slowness(references: Floats, weights: Floats) -> Floats:

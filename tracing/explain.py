@@ -146,7 +146,9 @@ def _summary(divergence: Divergence | None) -> str:
 
 def _find(dump: IrDump, place: Place) -> IrHistory:
     """The history of a place's dispatch: executables may share the name of an export."""
-    found = dump.select(place.key)
+    found = [history for history in dump.dispatches if place.key in history.names]
+    if not found:
+        raise CaptureError(f"{dump.source}: its IR holds no dispatch {place.key}")
     if place.facts is not None:
         executable = place.facts.executable
         found = [history for history in found if history.executable == executable] or found

@@ -1,7 +1,8 @@
 """Captures of whole generations: a prompt's prefill, its steps, and all that lies between them, through Tracy.
 
 The dispatches are those that Tracy's zones tell of. On the CPU these are shares of workgroups that a worker took, from
-which the runs of a dispatch are put together; how many workgroups there were, they do not tell.
+which the runs of a dispatch are put together; how many workgroups there were, they do not tell. Sites come from the IR
+of the modules, where it is given: sizes that vary from call to call are not known there.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import os
 import sys
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from llmir_iree.bundle import Bundle
+from llmir_iree.params.errors import LlmirError
 from llmir_iree.tracing.capture import (
     Call,
     Capture,
@@ -24,19 +26,25 @@ from llmir_iree.tracing.capture import (
     CaptureManifest,
     DispatchRun,
     MachineInfo,
+    Site,
     ZoneTotal,
     write_rows,
 )
-from llmir_iree.tracing.record import capture_in_place, package_versions
+from llmir_iree.tracing.record import IrSource, capture_in_place, package_versions
+from llmir_iree.tracing.sites import join_sites, place_runs, sites_of_binary
+from llmir_iree.tracing.stream_sites import read_stream_sites
 from llmir_iree.tracing.tracy_capture import TracedProgram, record_tracy
-from llmir_iree.tracing.tracy_file import TracyFile, read_tracy
+from llmir_iree.tracing.tracy_dispatches import find_dispatches
+from llmir_iree.tracing.tracy_file import read_tracy
+from llmir_iree.tracing.tracy_totals import total_zones
+from llmir_iree.tracing.tracy_zones import TracyFile
 
 # The command line of this project, which stands above this folder: named, not imported.
 _PROGRAM = "from llmir_iree.cli.run import main; main(prog_name='llmir-run')"
 
 _MISSING = {
     "ireeprof": "IREE's Python runtime does not write it; record a prefill or a decode for it",
-    "ir": "not a part of this recording; record a prefill or a decode for it",
+    "ir": "of every pass: not a part of this recording; record a prefill or a decode for it",
     "workgroups": "Tracy's zones do not tell how many there were: tiles and workgroups are 0",
 }
 
@@ -52,11 +60,13 @@ def record_generate(
     timeout_s: float,
     force: bool = False,
     machine: Callable[[], MachineInfo] | None = None,
+    ir: Mapping[str, IrSource] = {},
+    report: Callable[[str], None] = lambda _: None,
 ) -> Capture:
     """Complete a prompt in a process of its own and capture it.
 
-    Sites are numbered by the order in which a call's dispatches begin. If the process crashes, what it did until then
-    is captured, and the manifest's `missing` says so.
+    Without IR, sites are numbered by the order in which a call's dispatches begin. If the process crashes, what it did
+    until then is captured, and the manifest's `missing` says so.
 
     Args:
         bundle: a bundle's folder, or one of its modules.
@@ -68,6 +78,8 @@ def record_generate(
         timeout_s: seconds after which the process is ended.
         force: replace a capture that exists.
         machine: asked for what the manifest says of the machine; what Tracy knows of it if left out.
+        ir: of the bundle's modules, by phase.
+        report: told of every stage as it begins, and of everything that is missing.
 
     Raises:
         BundleError: not a bundle, or no such target.
@@ -84,35 +96,72 @@ def record_generate(
         options.append(f"--device={device}")
     command = [sys.executable, "-c", _PROGRAM, str(opened.folder.absolute()), *options]
     with capture_in_place(output, force=force) as folder:
+        report("generating under Tracy")
         file = folder / "process-0.tracy"
         program = record_tracy(command, file, timeout_s=timeout_s, stdin=prompt)
         trace = read_tracy(file)
-        calls = _calls(trace, {function.name.rpartition(".")[2] for function in opened.manifest.functions})
+        phases = {function.name.rpartition(".")[2]: function.phase for function in opened.manifest.functions}
+        calls = _calls(trace, phases.keys())
         if not calls:
             raise CaptureError(_failure(program))
+        missing = _MISSING if program.problem is None else {**_MISSING, "end": program.problem}
+        runs = list(_dispatches(trace, calls))
+        sites: list[Site] = []
+        functions = sorted({call.function for call in calls})
+        for function in functions:
+            of_function = [run for run in runs if run.function == function]
+            try:
+                if (source := ir.get(phases[function])) is None:
+                    raise CaptureError("no IR is given")
+                report(f"compiling again, to tell the dispatches of {function} apart")
+                placed, known = _join(of_function, function, source)
+            except LlmirError as error:
+                missing = {**missing, f"sites of {function}": str(error)}
+                placed, known = of_function, sites_of_binary(of_function)
+            runs = [run for run in runs if run.function != function] + placed
+            sites += known
+        for what, reason in missing.items():
+            report(f"missing: {what}: {reason}")
         write_rows(folder, Call, calls)
-        write_rows(folder, DispatchRun, _dispatches(trace, calls))
-        write_rows(folder, ZoneTotal, trace.zone_totals(0))
+        write_rows(folder, DispatchRun, sorted(runs, key=lambda run: (run.call, run.site)))
+        write_rows(folder, Site, sites)
+        write_rows(folder, ZoneTotal, total_zones(trace, 0))
         manifest = CaptureManifest(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             subject=str(bundle),
             phase="generate",
-            functions=tuple(sorted({call.function for call in calls})),
+            functions=tuple(functions),
             processes=1,
             device=device or compiled.driver,
             target=compiled.target,
             flags=compiled.modules["decode"].flags,
+            passes=compiled.modules["decode"].passes,
             versions=package_versions(),
             modules={info.file: info.sha256 for info in compiled.modules.values()},
             machine=_machine(trace) if machine is None else machine(),
             sources=("tracy",),
-            missing=_MISSING if program.problem is None else {**_MISSING, "end": program.problem},
+            missing=missing,
         )
         Capture.create(folder, manifest)
     return Capture.open(output)
 
 
-def _calls(trace: TracyFile, functions: set[str]) -> list[Call]:
+def _join(runs: Sequence[DispatchRun], function: str, source: IrSource) -> tuple[list[DispatchRun], list[Site]]:
+    """The runs of a function with the numbers that their sites have in the IR, and these sites."""
+    stream = source.stream()
+    keys = [site.key for site in read_stream_sites(stream, function)]
+    by_call: dict[int, list[DispatchRun]] = defaultdict(list)
+    for run in runs:
+        by_call[run.call].append(run)
+    placed = [
+        run.model_copy(update={"site": site})
+        for of_call in by_call.values()
+        for run, site in zip(of_call, place_runs([run.key for run in of_call], keys), strict=True)
+    ]
+    return placed, join_sites(placed, function, stream_ir=stream, portable=source.portable, kernels=source.kernels)
+
+
+def _calls(trace: TracyFile, functions: Collection[str]) -> list[Call]:
     """Calls of the bundle's functions that came to an end: the session's zones, which bear their names."""
     rows = [row for row, name in enumerate(trace.names) if name in functions]
     zones = trace.cpu_zones.take(np.isin(trace.cpu_zones.name, rows) & trace.cpu_zones.has_ended)
@@ -127,7 +176,7 @@ def _dispatches(trace: TracyFile, calls: list[Call]) -> Iterator[DispatchRun]:
     """Dispatches that lie in a call. Those of loading come before the first, those of a crash after the last."""
     starts = [call.start_ns for call in calls]
     sites: Counter[int] = Counter()
-    for dispatch in trace.dispatches():
+    for dispatch in find_dispatches(trace):
         index = bisect_right(starts, dispatch.start_ns) - 1
         if index < 0 or dispatch.start_ns >= starts[index] + calls[index].wall_ns:
             continue

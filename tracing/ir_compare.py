@@ -88,15 +88,21 @@ def compare(a: IrHistory, b: IrHistory) -> Divergence | None:
 def compare_programs(a: IrDump, b: IrDump) -> Divergence | None:
     """The first pass that made two programs different, without the insides of their dispatches.
 
-    It tells why a dispatch is on one side only.
+    It tells why a dispatch is on one side only. What was different before dispatches were cut out counts, even if
+    nothing but their insides is different from then on.
     """
     others = {history.program: history for history in b.programs}
     if len(a.programs) == len(b.programs) == 1:
         pairs = [(a.programs[0], b.programs[0])]
     else:
         pairs = [(history, others[history.program]) for history in a.programs if history.program in others]
-    found = next((found for ours, theirs in pairs if (found := _compare(ours, theirs))), None)
-    return replace(found, level=PROGRAM_LEVEL) if found and found.level != TARGET_LEVEL else found
+    for ours, theirs in pairs:
+        found = _compare(_before_dispatches(a, ours), _before_dispatches(b, theirs))
+        if found is None or found.level == TARGET_LEVEL:
+            found = _compare(ours, theirs)
+        if found is not None:
+            return found if found.level == TARGET_LEVEL else replace(found, level=PROGRAM_LEVEL)
+    return None
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,12 @@ def _full_name(history: IrHistory) -> tuple[str, ...]:
 
 def _executable_name(history: IrHistory) -> tuple[str, ...]:
     return (history.program, history.executable)
+
+
+def _before_dispatches(dump: IrDump, program: IrHistory) -> IrHistory:
+    """A program's history until its first dispatch is cut out."""
+    firsts = [history.steps[0] for history in dump.dispatches if history.program == program.program]
+    return _until(program, min(firsts, key=lambda step: step.round)) if firsts else program
 
 
 def _until(program: IrHistory, step: IrStep) -> IrHistory:

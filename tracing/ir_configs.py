@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,13 +32,23 @@ def find_configs(text: str) -> tuple[LoweringConfig, ...]:
     return tuple(_find(text))
 
 
+def pair_configs(
+    a: Sequence[LoweringConfig], b: Sequence[LoweringConfig]
+) -> list[tuple[str, LoweringConfig | None, LoweringConfig | None]]:
+    """Decisions on either side, op by op: the n-th about an op in A beside the n-th in B, None where there is none."""
+    ours, theirs = _by_op(a), _by_op(b)
+    return [(key[0], ours.get(key), theirs.get(key)) for key in dict.fromkeys([*ours, *theirs])]
+
+
 def describe_changes(before: Sequence[LoweringConfig], after: Sequence[LoweringConfig]) -> str:
     """What differs between two lists of decisions, in words; empty if nothing does.
 
     Such as "tile sizes of linalg.matmul: distribution [8, 64, 0] -> [8, 16, 0]". That which says most comes first.
     """
     changes = []
-    for old, new in _pair(before, after):
+    for _, old, new in pair_configs(before, after):
+        if old is None or new is None:
+            continue
         fields = [
             f"{name} {old.fields.get(name, 'unset')} -> {new.fields.get(name, 'unset')}"
             for name in dict.fromkeys([*old.fields, *new.fields])
@@ -72,11 +83,10 @@ def _end_of_value(line: str, begin: int) -> int:
     return len(line)
 
 
-def _pair(
-    before: Sequence[LoweringConfig], after: Sequence[LoweringConfig]
-) -> Iterator[tuple[LoweringConfig, LoweringConfig]]:
-    """Decisions about the same op, the n-th of each kind with the n-th."""
-    for op in dict.fromkeys(config.op for config in before):
-        ours = [config for config in before if config.op == op]
-        theirs = [config for config in after if config.op == op]
-        yield from zip(ours, theirs, strict=False)
+def _by_op(configs: Sequence[LoweringConfig]) -> dict[tuple[str, int], LoweringConfig]:
+    seen: Counter[str] = Counter()
+    numbered = {}
+    for config in configs:
+        numbered[config.op, seen[config.op]] = config
+        seen[config.op] += 1
+    return numbered

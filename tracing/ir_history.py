@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llmir_iree.tracing.capture import MANIFEST_NAME, CaptureError
-from llmir_iree.tracing.ir_dump import HOW_TO_DUMP, READ_ERRORS, Dump, find_trees, open_dump, read_log, read_tree
+from llmir_iree.tracing.ir_dump import HOW_TO_DUMP, READ_ERRORS, Dump, find_dumps, open_dump, read_log
 from llmir_iree.tracing.ir_scopes import Scope, find_exports, find_scopes, own_text, stand_alone
 from llmir_iree.tracing.ir_text import (
     count_changes,
@@ -167,11 +167,12 @@ class IrDump:
             programs = {"": read_log(source)}
         elif source.is_dir():
             is_capture = (source / MANIFEST_NAME).is_file()
-            folder = source / "ir" / "tree" if is_capture else source
-            trees = find_trees(folder) if folder.is_dir() else {}
-            if not trees and is_capture:
+            folder = source / "ir" if is_capture else source
+            programs = find_dumps(folder) if folder.is_dir() else {}
+            if not programs and is_capture:
                 raise CaptureError(f"{source}: was recorded without IR; record it with --with ir")
-            programs = {name: read_tree(roots) for name, roots in trees.items()}
+            if is_capture:  # Of one program, whatever the folder is called that holds it.
+                programs = {"": next(iter(programs.values()))}
         else:
             raise CaptureError(f"{source}: no such file or folder")
         histories = [_Program(name).follow(dumps) for name, dumps in programs.items()]

@@ -20,6 +20,8 @@ _TARGET_ATTRIBUTE = re.compile(
 _PASSTHROUGH = re.compile(r"\[\"(target-cpu|target-features|tune-cpu)\", \"[^\"]*\"\]")
 # The configuration of a target: `<"llvm-cpu", "embedded-elf-x86_64", {cpu = ..., native_vector_size = 64 : i64}>`.
 _TARGET = re.compile(r"(<\"[\w-]+\", \"[\w.-]+\"), \{(?:[^{}\"]|\"[^\"]*\"|\{(?:[^{}\"]|\"[^\"]*\")*\})*\}>")
+# Bytes of a constant, such as those of a tuning spec that iree-compile hangs on a module.
+_BYTES = re.compile(r'(dense<"0x[0-9A-F]{16})[0-9A-F]{16,}"')
 _HUGE_FUNCTION_LINES = 4000
 
 
@@ -109,7 +111,8 @@ def head_of_diff(diff: str, lines: int = 40) -> str:
 
 
 def shorten(line: str, columns: int = 400) -> str:
-    """A line that is no longer than so many columns; its middle, often a constant, is left out."""
+    """A line that is no longer than so many columns: of a constant's bytes and of its middle, much is left out."""
+    line = _BYTES.sub(r'\1..."', line)
     return line if len(line) <= columns else f"{line[: columns // 2]} ... {line[-columns // 2 + 5 :]}"
 
 

@@ -218,6 +218,8 @@ def _export(file: Path, timeout_s: float) -> list[Any]:
         _profile_text(
             file, [tool, "export", f"--format={_EXPORT_FORMAT}", f"--output={exported}", str(file)], timeout_s
         )
+        if not exported.is_file():
+            raise CaptureError(f"{file}: iree-profile exported nothing")
         with exported.open(encoding="utf-8") as stream:
             rows = list(_parse(file, stream))
     if not rows or rows[0].get("record_type") != "schema":

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from llmir_iree.tracing.capture import Capture, DispatchRun, Site
+from llmir_iree.tracing.capture import DispatchRun, Site
 
 Basis = Literal["export", "operation", "line"]
 
@@ -71,15 +71,6 @@ def find_places(runs: Sequence[DispatchRun], sites: Sequence[Site]) -> list[Plac
     for run in runs:
         workgroups.setdefault((run.function, run.site, run.key), run.workgroups)
     return [Place(*place, workgroups[place], facts.get(place)) for place in sorted(workgroups)]
-
-
-def match_captures(a: Capture, b: Capture) -> list[Match]:
-    """Match all places of two captures; see `match_places`.
-
-    Raises:
-        CaptureError: a row of a capture is damaged.
-    """
-    return match_places(find_places(a.read(DispatchRun), a.read(Site)), find_places(b.read(DispatchRun), b.read(Site)))
 
 
 def match_places(a: Sequence[Place], b: Sequence[Place]) -> list[Match]:

@@ -13,6 +13,9 @@ there are many quantities, and their noise is learnt from all of them together:
 4. If even the middle of all quantities differs by more than the processes explain, the two sides were noisier than each
    of them, and all errors grow by as much (Efron, Large-scale simultaneous hypothesis testing, 2004).
 
+Where the processes of the sides took turns, those of one turn are compared with each other: what is observed is then
+the difference of a pair, and all of the above holds for these differences, which share no slowness of the machine.
+
 All quantities here are logarithms of times, so that differences are ratios.
 """
 
@@ -100,27 +103,46 @@ def find_differences(a: Floats, b: Floats, sizes: Floats, excess: float = 1.0) -
         sizes: [quantities], by which quantities are similar; longer times are measured more exactly.
         excess: by how much larger than the processes tell the errors are, see `Differences.excess`.
     """
-    counts = (len(a), len(b))
+    return _judge([a, b], b.mean(axis=0) - a.mean(axis=0), sizes, excess)
+
+
+def find_paired_differences(differences: Floats, sizes: Floats, excess: float = 1.0) -> Differences:
+    """Compare two sides whose processes took turns.
+
+    Args:
+        differences: logarithms [pairs, quantities] of the ratio of B to A in each turn, at least `MIN_PROCESSES`.
+        sizes: as in `find_differences`.
+        excess: as in `find_differences`.
+    """
+    return _judge([differences], differences.mean(axis=0), sizes, excess)
+
+
+def _judge(samples: Sequence[Floats], values: Floats, sizes: Floats, excess: float) -> Differences:
+    """Find out how sure values [quantities] are, which are the mean of one sample, or the difference of two means."""
+    counts = [len(sample) for sample in samples]
     order = np.argsort(sizes, kind="stable")
-    sides = [np.asarray(side[:, order], np.float64) for side in (a, b)]
-    variances = _pooled_variances(sides)
+    ordered = [np.asarray(sample[:, order], np.float64) for sample in samples]
+    variances = _pooled_variances(ordered)
     common = _smooth(variances)
-    spread = float(np.sqrt(1 / counts[0] + 1 / counts[1]))
-    errors, values = np.empty_like(variances), np.empty_like(variances)
-    errors[order] = np.sqrt(_moderate(variances, common, counts)) * spread * excess
-    values[order] = sides[1].mean(axis=0) - sides[0].mean(axis=0)
+    errors = np.empty_like(variances)
+    errors[order] = np.sqrt(_moderate(variances, common, counts)) * _spread(counts) * excess
     # Residuals about a mean of few are smaller than about the true one.
     residuals = [
-        (side - side.mean(axis=0)) * np.sqrt(count / (count - 1)) for side, count in zip(sides, counts, strict=True)
+        (sample - sample.mean(axis=0)) * np.sqrt(count / (count - 1))
+        for sample, count in zip(ordered, counts, strict=True)
     ]
-    quantiles = _resample(np.concatenate(residuals) / np.sqrt(common), counts, spread)
-    return Differences(values, errors, *quantiles)
+    return Differences(values, errors, *_resample(np.concatenate(residuals) / np.sqrt(common), counts))
 
 
-def _pooled_variances(sides: Sequence[Floats]) -> Floats:
-    """Of each quantity, from the processes [..., processes, quantities] of both sides about their own means."""
-    squares = [((side - side.mean(axis=-2, keepdims=True)) ** 2).sum(axis=-2) for side in sides]
-    degrees = sum(side.shape[-2] for side in sides) - len(sides)
+def _spread(counts: Sequence[int]) -> float:
+    """Standard error of a mean, or of a difference of means, in standard deviations of one process or pair."""
+    return float(np.sqrt(sum(1 / count for count in counts)))
+
+
+def _pooled_variances(samples: Sequence[Floats]) -> Floats:
+    """Of each quantity, from all samples [..., processes, quantities] about their own means."""
+    squares = [((sample - sample.mean(axis=-2, keepdims=True)) ** 2).sum(axis=-2) for sample in samples]
+    degrees = _degrees([sample.shape[-2] for sample in samples])
     # A clock of whole nanoseconds may show no variance at all.
     return np.asarray(np.maximum(sum(squares, np.zeros(())) / degrees, np.finfo(np.float64).eps))
 
@@ -133,21 +155,24 @@ def _smooth(variances: Floats) -> Floats:
     return np.asarray(np.median(variances[..., first[:, None] + np.arange(window)], axis=-1))
 
 
-def _moderate(variances: Floats, common: Floats, counts: tuple[int, int]) -> Floats:
-    degrees = sum(counts) - 2
+def _moderate(variances: Floats, common: Floats, counts: Sequence[int]) -> Floats:
+    degrees = _degrees(counts)
     return np.asarray((degrees * variances + _PRIOR_DEGREES * common) / (degrees + _PRIOR_DEGREES))
 
 
-def _resample(residuals: Floats, counts: tuple[int, int], spread: float) -> tuple[float, float, float]:
-    """Quantiles of studentised differences where nothing changed, in the order of `Differences`.
+def _degrees(counts: Sequence[int]) -> int:
+    return sum(counts) - len(counts)
+
+
+def _resample(residuals: Floats, counts: Sequence[int]) -> tuple[float, float, float]:
+    """Quantiles of studentised values where nothing changed, in the order of `Differences`.
 
     Args:
-        residuals: [processes, quantities] in units of the common deviation of each quantity.
-        counts: processes of each side.
-        spread: standard error of a difference of means, in standard deviations of one process.
+        residuals: [processes or pairs, quantities] in units of the common deviation of each quantity.
+        counts: processes of each side, or pairs.
     """
     generator = np.random.default_rng(_SEED)
-    processes, quantities = residuals.shape
+    observations, quantities = residuals.shape
     deviations = np.sqrt((residuals**2).mean(axis=0))
     one: list[Floats] = []
     largest: list[Floats] = []
@@ -155,16 +180,17 @@ def _resample(residuals: Floats, counts: tuple[int, int], spread: float) -> tupl
         # Noisy quantities stay noisy: all draws for one are from one. A side of few would too often be drawn all equal,
         # and certain of itself, so that draws are smoothed.
         drawn = generator.integers(quantities, size=(_BATCH, 1, quantities))
-        a, b = (
-            (
-                residuals[generator.integers(processes, size=(_BATCH, count, quantities)), drawn]
-                + _SMOOTHING * deviations[drawn] * generator.standard_normal((_BATCH, count, quantities))
-            )
+        samples = [
+            residuals[generator.integers(observations, size=(_BATCH, count, quantities)), drawn]
+            + _SMOOTHING * deviations[drawn] * generator.standard_normal((_BATCH, count, quantities))
             for count in counts
-        )
-        variances = _pooled_variances((a, b))
-        errors = np.sqrt(_moderate(variances, _smooth(variances), counts)) * spread
-        studentised = np.abs(b.mean(axis=1) - a.mean(axis=1)) / errors
+        ]
+        if len(samples) == 1:  # Where nothing changed, a pair may as well be the other way round.
+            samples[0] *= generator.choice((-1.0, 1.0), samples[0].shape)
+        variances = _pooled_variances(samples)
+        errors = np.sqrt(_moderate(variances, _smooth(variances), counts)) * _spread(counts)
+        means = [sample.mean(axis=1) for sample in samples]
+        studentised = np.abs(means[-1] - (means[0] if len(means) > 1 else 0.0)) / errors
         one.append(studentised[:, 0])
         largest.append(studentised.max(axis=1))
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmir_iree.tracing.stream_sites import StreamSite
 
@@ -23,11 +23,13 @@ class Kernel:
         kind: what it does, as `Site.kind` has it.
         constants: names of the scalars that a dispatch of it is passed, in order.
         cache_item_bytes: of one element of the cache that it reads, None if it reads none.
+        sizes: what it is not passed because it is made for nothing else.
     """
 
     kind: str
     constants: tuple[str, ...]
     cache_item_bytes: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def parse_key(key: str) -> tuple[str, str | None]:
 
 
 def _kernel_cost(site: StreamSite, kernel: Kernel, step: Step | None) -> Cost:
-    values = dict(zip(kernel.constants, site.scalars, strict=True))
+    values: dict[str, int | None] = {**kernel.sizes, **dict(zip(kernel.constants, site.scalars, strict=True))}
     if "rows" in values and values["rows"] is None and step is not None:
         values["rows"] = step.new
     if "seq" in values and values["seq"] is None and step is not None:

@@ -1,21 +1,25 @@
-"""Records a workload: runs it under one profiler after the other, joins what they saw to the IR, writes a capture.
+"""Records workloads: runs them under one profiler after the other, joins what they saw to the IR, writes captures.
 
-What cannot be captured is told and noted in the manifest; the rest is written nevertheless.
+Several subjects take turns, process by process: A B, B A, A B and so on. The order alternates, so that a machine that
+slows down steadily slows no subject more than another. What cannot be captured is told and noted in the manifest; the
+rest is written nevertheless.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
+from llmir_iree.bundle import file_sha256
 from llmir_iree.params.errors import LlmirError
 from llmir_iree.tracing.capture import (
     MANIFEST_NAME,
@@ -37,7 +41,8 @@ from llmir_iree.tracing.op_costs import Kernel, Step
 from llmir_iree.tracing.sites import join_sites, sites_of_binary
 from llmir_iree.tracing.tracy_capture import record_tracy
 from llmir_iree.tracing.tracy_file import read_tracy
-from llmir_iree.tracing.workload import Workload, read_clock
+from llmir_iree.tracing.tracy_totals import total_zones
+from llmir_iree.tracing.workload import Clock, Workload, read_clock
 
 _PACKAGES = ("llmir-iree", "iree-base-compiler", "iree-base-runtime")
 
@@ -59,8 +64,8 @@ class IrSource(Protocol):
     def stream(self) -> str:
         """The module at stream level, with locations that point into `portable`."""
 
-    def write(self, folder: Path) -> dict[str, str]:
-        """Make and fill the folder `ir` of a capture; tell what was left out, each with the reason."""
+    def write(self, folder: Path) -> None:
+        """Make and fill the folder `ir` of a capture."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,15 @@ class RecordOptions:
 
     Attributes:
         runs: calls of the function in a process, one more than which is made and left out of tables.
-        processes: how many, one after the other: calls of one process are no independent samples.
-        sources: what to capture.
+        processes: how many of each subject, one after the other: calls of one process are no independent samples.
+        sources: what to capture; `.ireeprof`, and IR where it is known, if None.
         timeout_s: deadline of every child.
+        force: replace captures that exist.
     """
 
-    output: Path
     runs: int = 20
     processes: int = 3
-    sources: tuple[Source, ...] = ("ireeprof",)
+    sources: tuple[Source, ...] | None = None
     timeout_s: float = 300.0
     force: bool = False
 
@@ -108,28 +113,64 @@ class RecordOptions:
             raise CaptureError(f"runs is {self.runs}, processes is {self.processes}; both have to be at least 1")
         if self.timeout_s <= 0:
             raise CaptureError(f"timeout is {self.timeout_s:g} s; it has to be more than 0")
-        if unknown := [name for name in self.sources if name not in SOURCES]:
+        if unknown := [name for name in self.sources or () if name not in SOURCES]:
             raise CaptureError(f"cannot record {unknown[0]!r}; what can be recorded: {', '.join(SOURCES)}")
-        if not self.sources:
+        if self.sources == ():
             raise CaptureError(f"nothing to record; what can be recorded: {', '.join(SOURCES)}")
 
 
-def record(subject: Subject, options: RecordOptions, report: Callable[[str], None] = lambda _: None) -> Capture:
-    """Record a subject and write the capture.
+def record(
+    subject: Subject, output: Path, options: RecordOptions, report: Callable[[str], None] = lambda _: None
+) -> Capture:
+    """Record one subject, see `record_in_turns`."""
+    [capture] = record_in_turns([(subject, output)], options, report)
+    return capture
+
+
+def record_in_turns(
+    subjects: Sequence[tuple[Subject, Path]],
+    options: RecordOptions,
+    report: Callable[[str], None] = lambda _: None,
+) -> list[Capture]:
+    """Record subjects in turns, process by process, and write a capture of each.
 
     Args:
-        subject: what to run.
-        options: how, and where to.
+        subjects: what to run, and where to write what was seen of it.
+        options: how to run each of them.
         report: told of every stage as it begins, and of everything that fails.
 
     Raises:
-        CaptureError: the place is taken, or nothing at all could be captured; the message says why.
+        CaptureError: a place is taken, or nothing at all could be captured of a subject; the message says why, and no
+            capture is written.
     """
-    with capture_in_place(options.output, force=options.force) as folder:
-        recording = _Recording(subject, options, folder, report)
-        recording.run()
-        recording.write()
-    return Capture.open(options.output)
+    session = uuid.uuid4().hex
+    with ExitStack() as stack:
+        recordings = [
+            _Recording(
+                subject,
+                options,
+                stack.enter_context(capture_in_place(output, force=options.force)),
+                session,
+                _named(report, subject, output) if len(subjects) > 1 else report,
+            )
+            for subject, output in subjects
+        ]
+        for process in range(options.processes):
+            # Whoever went last goes first.
+            turn = recordings if process % 2 == 0 else recordings[::-1]
+            for recording in turn:
+                recording.run_process(process)
+        for recording in recordings:  # Afterwards: it takes time, in which the machine may change.
+            recording.read_processes()
+            recording.finish()
+        for recording in recordings:
+            recording.write()
+    return [Capture.open(output) for _, output in subjects]
+
+
+def _named(report: Callable[[str], None], subject: Subject, output: Path) -> Callable[[str], None]:
+    """Tells which of several subjects is meant."""
+    return lambda line: report(f"{line} ({subject.name}, to {output.name})")
 
 
 def capture_is_free(output: Path, *, force: bool) -> None:
@@ -181,37 +222,70 @@ def package_versions() -> dict[str, str]:
 
 
 class _Recording:
-    """One recording: what it has seen so far, and what it has not."""
+    """One subject's recording, from nothing to a capture."""
 
-    def __init__(self, subject: Subject, options: RecordOptions, folder: Path, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, subject: Subject, options: RecordOptions, folder: Path, session: str, report: Callable[[str], None]
+    ) -> None:
         self.subject = subject
         self.options = options
         self.folder = folder
+        self.session = session
         self.report = report
+        self.sources = options.sources or (("ireeprof",) if subject.ir is None else ("ireeprof", "ir"))
         self.calls: list[Call] = []
         self.runs: list[DispatchRun] = []
         self.sites: list[Site] = []
         self.zones: list[ZoneTotal] = []
-        self.clock_ns: list[int] = []
         self.captured: list[Source] = []
         self.missing: dict[str, str] = {}
+        self._clocks: list[Clock] = []
+        self._process_ns: list[tuple[int, int]] = []
+        self._has_failed = False
 
-    def run(self) -> None:
-        """Capture every source that was asked for."""
-        steps: dict[Source, Callable[[], None]] = {
-            "ireeprof": self._record_ireeprof,
-            "tracy": self._record_tracy,
-            "ir": self._record_ir,
-        }
-        for source in SOURCES:
-            if source not in self.options.sources:
-                continue
+    def run_process(self, process: int) -> None:
+        """Run the workload once under the runtime's own profiler, if that is asked for and did not fail before."""
+        if "ireeprof" not in self.sources or self._has_failed:
+            return
+        self.report(f"recording .ireeprof, process {process + 1} of {self.options.processes}")
+        workload = self.subject.workload
+        begin = time.time_ns()
+        try:
+            command = workload.command(self.options.runs + _WARM_UP_CALLS, profile=self._profile(process))
+            told = run_child(command, timeout_s=self.options.timeout_s, calls_modules=workload.is_local)
+            end = time.time_ns()
+            self._clocks.append(read_clock(told))
+            self._process_ns.append((begin, end))
+        except CaptureError as error:
+            self._fail(process, error)
+
+    def read_processes(self) -> None:
+        """Read what was profiled, up to the first process whose profile is damaged."""
+        if not self._clocks:
+            return
+        self.report("reading what was recorded")
+        for process, clock in enumerate(self._clocks):
             try:
-                steps[source]()
-            except LlmirError as error:
-                self._miss(source, str(error))
+                self._read_process(process, clock)
+            except CaptureError as error:
+                del self._clocks[process:], self._process_ns[process:]
+                self._fail(process, error)
+                return
+
+    def finish(self) -> None:
+        """Capture what is no profile of a process, and join all of it.
+
+        Raises:
+            CaptureError: nothing was captured.
+        """
+        for source, step in (("tracy", self._record_tracy), ("ir", self._record_ir)):
+            if source in self.sources:
+                try:
+                    step()
+                except LlmirError as error:
+                    self._miss(source, str(error))
         if not self.captured:
-            raise CaptureError(f"nothing was captured: {'; '.join(self.missing.values())}")
+            raise CaptureError(f"{self.subject.name}: nothing was captured: {'; '.join(self.missing.values())}")
         self._join()
 
     def write(self) -> None:
@@ -229,59 +303,54 @@ class _Recording:
             functions=(workload.function,),
             batch_size=subject.step.batch if subject.step else None,
             context=subject.step.context if subject.step else None,
-            processes=max(len(self.clock_ns), 1),
+            processes=max(len(self._clocks), 1),
+            session=self.session,
+            process_ns=tuple(self._process_ns),
             warm_up_calls=_WARM_UP_CALLS if self.calls else 0,
-            clock_ns=tuple(self.clock_ns),
+            clock_ns=tuple(clock.total_ns for clock in self._clocks),
             shapes=workload.shapes,
             device=workload.device,
             target=subject.target,
             flags=subject.flags,
             passes=subject.passes,
             versions=package_versions(),
-            modules={workload.module.name: _sha256(workload.module)},
+            modules={workload.module.name: file_sha256(workload.module)},
             machine=subject.machine(),
             sources=tuple(self.captured),
             missing=self.missing,
         )
         Capture.create(self.folder, manifest)
 
-    def _record_ireeprof(self) -> None:
-        """Run the workload under the runtime's own profiler, process by process, until one fails."""
-        asked = self.options.runs + _WARM_UP_CALLS
-        for process in range(self.options.processes):
-            self.report(f"recording .ireeprof, process {process + 1} of {self.options.processes}")
-            file = self.folder / f"process-{process}.ireeprof"
-            try:
-                clock = read_clock(
-                    run_child(
-                        self.subject.workload.command(asked, profile=file),
-                        timeout_s=self.options.timeout_s,
-                        calls_modules=self.subject.workload.is_local,
-                    )
-                )
-                profile = read_ireeprof(
-                    file,
-                    process=process,
-                    function=self.subject.workload.function,
-                    calls=clock.calls,
-                    timeout_s=self.options.timeout_s,
-                )
-            except CaptureError as error:
-                file.unlink(missing_ok=True)
-                self._miss("ireeprof" if process == 0 else f"ireeprof from process {process} on", self._told(error))
-                return
-            if len(profile.calls) != clock.calls:
-                self.missing["calls"] = (
-                    f"{len(profile.calls)} submissions do not divide into {clock.calls} calls of "
-                    f"{self.subject.workload.function}; each submission stands for a call"
-                )
-            if profile.invalid:
-                self.missing[f"dispatches of process {process}"] = f"{profile.invalid} were not timed by the runtime"
-            self.calls += profile.calls
-            self.runs += profile.runs
-            self.clock_ns.append(clock.total_ns)
-            if "ireeprof" not in self.captured:
-                self.captured.append("ireeprof")
+    def _read_process(self, process: int, clock: Clock) -> None:
+        function = self.subject.workload.function
+        profile = read_ireeprof(
+            self._profile(process),
+            process=process,
+            function=function,
+            calls=clock.calls,
+            timeout_s=self.options.timeout_s,
+        )
+        if len(profile.calls) != clock.calls:
+            self.missing["calls"] = (
+                f"{len(profile.calls)} submissions do not divide into {clock.calls} calls of {function}; each "
+                "submission stands for a call"
+            )
+        if profile.invalid:
+            self.missing[f"dispatches of process {process}"] = f"{profile.invalid} were not timed by the runtime"
+        self.calls += profile.calls
+        self.runs += profile.runs
+        if "ireeprof" not in self.captured:
+            self.captured.append("ireeprof")
+
+    def _profile(self, process: int) -> Path:
+        return self.folder / f"process-{process}.ireeprof"
+
+    def _fail(self, process: int, error: CaptureError) -> None:
+        """Give up profiling; what the processes before this one left is kept."""
+        self._has_failed = True
+        for later in range(process, self.options.processes):
+            self._profile(later).unlink(missing_ok=True)
+        self._miss("ireeprof" if process == 0 else f"ireeprof from process {process} on", self._told(error))
 
     def _record_tracy(self) -> None:
         """Run the workload once more, under the runtime that sends its zones to Tracy."""
@@ -289,8 +358,10 @@ class _Recording:
         file = self.folder / "process-0.tracy"
         command = self.subject.workload.command(self.options.runs + _WARM_UP_CALLS, traced=True)
         try:
-            program = record_tracy(command, file, timeout_s=self.options.timeout_s)
-            self.zones += read_tracy(file).zone_totals(0)
+            program = record_tracy(
+                command, file, timeout_s=self.options.timeout_s, calls_modules=self.subject.workload.is_local
+            )
+            self.zones += total_zones(read_tracy(file), 0)
         except CaptureError as error:
             file.unlink(missing_ok=True)
             raise CaptureError(self._told(error)) from None
@@ -306,7 +377,7 @@ class _Recording:
         self.report("compiling again, for the IR of every pass")
         folder = self.folder / "ir"
         try:
-            self.missing.update(self.subject.ir.write(folder))
+            self.subject.ir.write(folder)
         except LlmirError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -342,8 +413,3 @@ class _Recording:
     def _miss(self, what: str, reason: str) -> None:
         self.missing[what] = reason
         self.report(f"missing: {what}: {reason}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from llmir_iree.tracing.capture import CaptureError, DispatchRun, Site
+from llmir_iree.tracing.ir_values import Shape
 from llmir_iree.tracing.op_costs import Kernel, Step, cost_of, parse_key
-from llmir_iree.tracing.stream_sites import Binding, Shape, read_stream_sites
+from llmir_iree.tracing.stream_sites import Binding, read_stream_sites
 
 # A layer's weights are named after it, as in model.layers.7.mlp.down_proj.weight.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h|blk)\.(\d+)\.")
@@ -83,11 +85,37 @@ def join_sites(
     return sites
 
 
+def place_runs(keys: Sequence[str], of_ir: Sequence[str]) -> list[int]:
+    """The site of each dispatch of one call, where only the order is known in which they began.
+
+    What may run at the same time may begin in another order than it stands in the IR; the n-th run of an export is then
+    at the n-th place that dispatches it.
+
+    Args:
+        keys: of the dispatches, by their starts.
+        of_ir: of the sites, in their order.
+
+    Raises:
+        CaptureError: the call dispatched something else, or another number of times.
+    """
+    places: dict[str, list[int]] = {}
+    for site, key in enumerate(of_ir):
+        places.setdefault(key, []).append(site)
+    counts = Counter(keys)
+    for key in {**places, **counts}:
+        if counts[key] != len(places.get(key, ())):
+            raise CaptureError(
+                f"a call dispatched {key} {counts[key]} times, in the IR it is {len(places.get(key, ()))}"
+            )
+    turn = {key: iter(sites) for key, sites in places.items()}
+    return [next(turn[key]) for key in keys]
+
+
 def sites_of_binary(runs: Iterable[DispatchRun]) -> list[Site]:
     """What the names of exports tell, where there is no IR: kind and shape, and nothing else."""
-    keys = {(run.function, run.site): run.key for run in runs}
     sites = []
-    for (function, number), key in sorted(keys.items()):
+    # A site that dispatched different exports in different calls has a row for each.
+    for function, number, key in sorted({(run.function, run.site, run.key) for run in runs}):
         kind, shape = parse_key(key)
         executable = re.sub(r"(_dispatch_\d+)_.*$", r"\1", key)
         sites.append(Site(function=function, site=number, key=key, executable=executable, kind=kind, shape=shape))

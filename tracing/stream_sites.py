@@ -8,13 +8,14 @@ computed from the shapes of the function's arguments, as the compiled module its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from iree.compiler import ir
 
 from llmir_iree.tracing.capture import CaptureError
+from llmir_iree.tracing.ir_values import Evaluator, Shape
 from llmir_iree.tracing.stream_copies import walk
 
 _DISPATCH = "stream.cmd.dispatch"
@@ -24,8 +25,8 @@ _EXECUTABLE = "stream.executable"
 _SUBSPAN = "stream.binding.subspan"
 _LOAD = "iree_tensor_ext.dispatch.tensor.load"
 _STORE = "iree_tensor_ext.dispatch.tensor.store"
-_SCATTER = "iree_linalg_ext.scatter"
 # Its first operand are new rows; the last one is the tensor that they go into.
+_SCATTER = "iree_linalg_ext.scatter"
 
 # Of a coarse-fences function, the one that does the work carries this suffix.
 _ASYNC = "$async"
@@ -35,8 +36,6 @@ _ACCESS = {1: "read", 2: "write", 3: "update"}
 _LINE = re.compile(r":(\d+):\d+")
 _BITS = re.compile(r"(?:bf|f|i|si|ui|index)(\d*)")
 _FLOAT_OPS = re.compile(r"arith\.(add|sub|mul|div|maximum|minimum|maxnum|minnum|cmp|neg)f|math\.(?!fma)\w+")
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -119,79 +118,6 @@ def read_stream_sites(stream_ir: str, function: str, shapes: Sequence[Shape | No
         return [] if body is None else list(_sites(body, shapes, parameters, executables))
 
 
-class _Evaluator:
-    """Computes integers of a module from those that are known."""
-
-    def __init__(self, known: Mapping[ir.Value, int], shapes: Mapping[ir.Value, Shape | None]) -> None:
-        self._values: dict[ir.Value, int | None] = dict(known)
-        self._shapes = shapes
-
-    def __call__(self, value: ir.Value) -> int | None:
-        """The value, or None if it depends on something that is not known."""
-        if value not in self._values:
-            self._values[value] = None if isinstance(value.owner, ir.Block) else self._compute(value)
-        return self._values[value]
-
-    def _compute(self, value: ir.Value) -> int | None:
-        operation = value.owner
-        name = operation.name
-        if name == "arith.constant":
-            attribute = operation.attributes["value"]
-            return int(attribute.value) if isinstance(attribute, ir.IntegerAttr) else None
-        if name == "hal.buffer_view.dim":
-            shape = self._shapes.get(operation.operands[0])
-            axis = int(operation.attributes["index"].value)
-            return shape[axis] if shape is not None and axis < len(shape) else None
-        operands = [self(operand) for operand in operation.operands]
-        if name == "util.assume.int":
-            number: int = ir.OpResult(value).result_number
-            return operands[number]
-        if name == "arith.select":
-            condition = operands[0]
-            return None if condition is None else operands[1 if condition else 2]
-        if name == "arith.cmpi":
-            return _compare(int(operation.attributes["predicate"].value), operands)
-        compute = _ARITHMETIC.get(name)
-        if compute is None or any(operand is None for operand in operands):
-            return None
-        return compute(*operands)
-
-
-_ARITHMETIC: dict[str, Callable[..., int]] = {
-    "arith.addi": lambda a, b: a + b,
-    "arith.subi": lambda a, b: a - b,
-    "arith.muli": lambda a, b: a * b,
-    "arith.divui": lambda a, b: a // b if b else 0,
-    "arith.divsi": lambda a, b: a // b if b else 0,
-    "arith.remui": lambda a, b: a % b if b else 0,
-    "arith.ceildivui": lambda a, b: -(-a // b) if b else 0,
-    "arith.ceildivsi": lambda a, b: -(-a // b) if b else 0,
-    "arith.minui": min,
-    "arith.minsi": min,
-    "arith.maxui": max,
-    "arith.maxsi": max,
-    "arith.shli": lambda a, b: a << b,
-    "arith.shrui": lambda a, b: a >> b,
-    "arith.ori": lambda a, b: a | b,
-    "arith.extui": lambda a: a,
-    "arith.extsi": lambda a: a,
-    "arith.trunci": lambda a: a & 0xFFFFFFFF,
-    "arith.index_cast": lambda a: a,
-    "arith.index_castui": lambda a: a,
-    "util.align": lambda a, b: -(-a // b) * b,
-    "iree_tensor_ext.dispatch.workload.ordinal": lambda a: a,
-}
-
-
-def _compare(predicate: int, operands: Sequence[int | None]) -> int | None:
-    left, right = operands
-    if left is None or right is None:
-        return None
-    # eq, ne, then less and greater, signed and unsigned: sizes are never negative.
-    results = (left == right, left != right, *(left < right, left <= right, left > right, left >= right) * 2)
-    return int(results[predicate])
-
-
 def _stored_parameters(initializer: ir.Operation) -> Iterator[tuple[str, str]]:
     """Symbols of globals, and keys of the parameters that an initializer stores in them."""
     keys: dict[ir.Value, str] = {}
@@ -220,7 +146,7 @@ def _sites(
     parameters: Mapping[str, str],
     executables: Mapping[str, ir.Operation],
 ) -> Iterator[StreamSite]:
-    evaluate = _Evaluator({}, dict(zip(body.regions[0].blocks[0].arguments, shapes, strict=False)))
+    evaluate = Evaluator({}, dict(zip(body.regions[0].blocks[0].arguments, shapes, strict=False)))
     captured: dict[ir.Value, ir.Value] = {}
     buffers = _Buffers(parameters)
     for operation in walk(body):
@@ -232,7 +158,7 @@ def _sites(
 
 def _site(
     operation: ir.Operation,
-    evaluate: _Evaluator,
+    evaluate: Evaluator,
     captured: Mapping[ir.Value, ir.Value],
     buffers: _Buffers,
     executables: Mapping[str, ir.Operation],
@@ -295,7 +221,7 @@ def _work(executable: ir.Operation, export: str, bindings: int, scalars: Sequenc
         return None
     passed = list(function.regions[0].blocks[0].arguments)[bindings:]
     known = {argument: value for argument, value in zip(passed, scalars, strict=False) if value is not None}
-    evaluate = _Evaluator(known, {})
+    evaluate = Evaluator(known, {})
     read: list[int | None] = []
     written: list[int | None] = []
     flops: list[int | None] = []
@@ -309,7 +235,7 @@ def _work(executable: ir.Operation, export: str, bindings: int, scalars: Sequenc
     return Work(_total(read), _total(written), _total(flops))
 
 
-def _bytes_read(load: ir.Operation, evaluate: _Evaluator) -> int | None:
+def _bytes_read(load: ir.Operation, evaluate: Evaluator) -> int | None:
     """All of a tensor; but where single elements are taken out of it or replaced in it, as many as are taken."""
     users = [use.owner for use in load.results[0].uses]
     kind = ir.RankedTensorType(load.results[0].type)
@@ -321,7 +247,7 @@ def _bytes_read(load: ir.Operation, evaluate: _Evaluator) -> int | None:
     return None if total is None else total * _element_bytes(str(kind.element_type))
 
 
-def _bytes_written(store: ir.Operation, evaluate: _Evaluator) -> int | None:
+def _bytes_written(store: ir.Operation, evaluate: Evaluator) -> int | None:
     """The slice that is stored; of a tensor in which some rows were replaced, these."""
     owner = store.operands[0].owner
     if isinstance(owner, ir.Block) or owner.name != _SCATTER:
@@ -330,7 +256,7 @@ def _bytes_written(store: ir.Operation, evaluate: _Evaluator) -> int | None:
     return _elements(_dimensions(owner.operands[0], evaluate), _element_bytes(str(element)))
 
 
-def _sized(operation: ir.Operation, operand: int | None, evaluate: _Evaluator) -> int | None:
+def _sized(operation: ir.Operation, operand: int | None, evaluate: Evaluator) -> int | None:
     """Bytes of the slice that a load or a store moves."""
     value = operation.results[0] if operand is None else operation.operands[operand]
     kind = ir.RankedTensorType(value.type)
@@ -344,7 +270,7 @@ def _sized(operation: ir.Operation, operand: int | None, evaluate: _Evaluator) -
     return _elements(sizes, _element_bytes(str(kind.element_type)))
 
 
-def _flops(operation: ir.Operation, evaluate: _Evaluator) -> int | None:
+def _flops(operation: ir.Operation, evaluate: Evaluator) -> int | None:
     if operation.name in ("linalg.fill", "linalg.transpose", "linalg.copy", "linalg.broadcast"):
         return 0
     if operation.name == "linalg.softmax":
@@ -358,7 +284,7 @@ def _flops(operation: ir.Operation, evaluate: _Evaluator) -> int | None:
     return None if iterations is None else iterations * per_iteration
 
 
-def _iterations(operation: ir.Operation | None, evaluate: _Evaluator) -> int | None:
+def _iterations(operation: ir.Operation | None, evaluate: Evaluator) -> int | None:
     """Points of the space that a linalg op runs through."""
     if operation is None or "indexing_maps" not in operation.attributes:
         return None
@@ -374,7 +300,7 @@ def _iterations(operation: ir.Operation | None, evaluate: _Evaluator) -> int | N
     return _elements([extents.get(dimension) for dimension in range(rank)], 1)
 
 
-def _dimensions(value: ir.Value, evaluate: _Evaluator) -> list[int | None]:
+def _dimensions(value: ir.Value, evaluate: Evaluator) -> list[int | None]:
     """Dimensions of a tensor; those that vary as far as the op that made it tells them."""
     if not isinstance(value.type, ir.RankedTensorType):
         return []

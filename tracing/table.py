@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -137,7 +137,7 @@ def aggregate(capture: Capture, by: GroupBy = "dispatch") -> list[TableRow]:
         CaptureError: a damaged capture, or one without dispatches.
     """
     steps = steady_steps(capture)
-    sites = {(site.function, site.site): site for site in known_sites(capture)}
+    sites = {(site.function, site.site, site.key): site for site in known_sites(capture)}
     all_ns = sum(step.wall_ns for step in steps)
     by_function: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
@@ -148,7 +148,7 @@ def aggregate(capture: Capture, by: GroupBy = "dispatch") -> list[TableRow]:
         names = _names(by, function, called, sites)
         for step in called:
             for run in step.runs:
-                groups[names[run.site]].append(run)
+                groups[names[run.site, run.key]].append(run)
         filled = [
             _row(name, runs, sites, len(called), all_ns, capture.manifest.machine) for name, runs in groups.items()
         ]
@@ -271,38 +271,40 @@ def _steady(steps: Sequence[Step], warm_up_calls: int) -> list[Step]:
     return kept or list(steps)
 
 
-def _names(by: GroupBy, function: str, steps: Sequence[Step], sites: dict[tuple[str, int], Site]) -> dict[int, str]:
-    """The group of every site of a function."""
-    keys = {run.site: run.key for step in steps for run in step.runs}
+def _names(
+    by: GroupBy, function: str, steps: Sequence[Step], sites: Mapping[tuple[str, int, str], Site]
+) -> dict[tuple[int, str], str]:
+    """The group of every site of a function, and of every export that it dispatched."""
+    places = dict.fromkeys((run.site, run.key) for step in steps for run in step.runs)
+    known = {(number, key): sites.get((function, number, key)) for number, key in places}
     shapes: dict[str, set[str | None]] = defaultdict(set)
-    for number, key in keys.items():
-        site = sites.get((function, number))
+    for (_, key), site in known.items():
         shapes[key].add(site.shape if site else None)
     names = {}
-    for number, key in keys.items():
-        site = sites.get((function, number))
+    for (number, key), site in known.items():
         if by == "site":
-            names[number] = f"{number} {key}"
+            name = f"{number} {key}"
         elif by == "phase":
-            names[number] = function
+            name = function
         elif by == "kind":
-            names[number] = site.kind if site else key
+            name = site.kind if site else key
         elif by == "layer":
-            names[number] = "outside layers" if site is None or site.layer is None else f"layer {site.layer}"
+            name = "outside layers" if site is None or site.layer is None else f"layer {site.layer}"
         else:
-            names[number] = f"{key} {site.shape}" if site and site.shape and len(shapes[key]) > 1 else key
+            name = f"{key} {site.shape}" if site and site.shape and len(shapes[key]) > 1 else key
+        names[number, key] = name
     return names
 
 
 def _row(
     name: str,
     runs: Sequence[DispatchRun],
-    sites: dict[tuple[str, int], Site],
+    sites: Mapping[tuple[str, int, str], Site],
     calls: int,
     all_ns: float,
     machine: MachineInfo,
 ) -> TableRow:
-    described = [sites.get((run.function, run.site)) for run in runs]
+    described = [sites.get((run.function, run.site, run.key)) for run in runs]
     wall, cpu = sum(run.duration_ns for run in runs), sum(run.tile_ns for run in runs)
     moved = _known_sum(
         None

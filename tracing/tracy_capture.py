@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
-import signal
 import socket
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmir_iree.tracing.capture import CaptureError
+from llmir_iree.tracing.children import Child, describe_exit, find_tool, running
 
 _TOOLS_PACKAGE = "iree._runtime_libs_tracy"
 _CAPTURE_TOOL = "iree-tracy-capture"
@@ -60,11 +57,7 @@ class TracedProgram:
         """What went wrong, None if nothing did."""
         if self.exit_code == 0:
             return None
-        how = f"exit code {self.exit_code}"
-        if self.exit_code < 0:
-            with suppress(ValueError):
-                how = f"killed by {signal.Signals(-self.exit_code).name}"
-        return f"the program did not end well ({how}); what it did until then is recorded"
+        return f"the program did not end well ({describe_exit(self.exit_code)}); what it did until then is recorded"
 
 
 def find_tracy_tool(name: str = _CAPTURE_TOOL) -> Path:
@@ -73,12 +66,8 @@ def find_tracy_tool(name: str = _CAPTURE_TOOL) -> Path:
     Raises:
         CaptureError: this installation has none.
     """
-    spec = importlib.util.find_spec(_TOOLS_PACKAGE)
-    folders = spec.submodule_search_locations if spec is not None else None
-    for folder in folders or ():
-        tool = Path(folder, name)
-        if tool.is_file():
-            return tool
+    if (tool := find_tool(_TOOLS_PACKAGE, name)) is not None:
+        return tool
     raise CaptureError(
         f"{name} is missing: this iree-base-runtime was built without Tracy, its wheels for Linux have it; record "
         f"without tracy, or install another one"
@@ -92,6 +81,7 @@ def record_tracy(
     timeout_s: float,
     env: Mapping[str, str] = {},
     stdin: str = "",
+    calls_modules: bool = False,
 ) -> TracedProgram:
     """Run a program and save what its instrumented runtime tells.
 
@@ -105,6 +95,7 @@ def record_tracy(
         timeout_s: seconds after which the program is ended.
         env: variables to add to the environment.
         stdin: what the program can read.
+        calls_modules: as in `run_child`.
 
     Raises:
         CaptureError: no capture tool, no such program; the program did not load the instrumented runtime; it or the
@@ -115,7 +106,7 @@ def record_tracy(
     try:
         partial.touch()  # A folder that is missing or closed shows now, not after the run.
         for _ in range(_ATTEMPTS):
-            attempt = _Attempt(tool, command, partial, _free_port(), timeout_s)
+            attempt = _Attempt(tool, command, partial, _free_port(), timeout_s, calls_modules)
             program = attempt.run({**os.environ, **env}, stdin)
             if program is not None:
                 partial.replace(output)
@@ -139,6 +130,7 @@ class _Attempt:
     output: Path
     port: int
     timeout_s: float
+    calls_modules: bool
 
     def run(self, environment: Mapping[str, str], stdin: str) -> TracedProgram | None:
         """Run and record.
@@ -151,8 +143,8 @@ class _Attempt:
         with tempfile.TemporaryDirectory(prefix="llmir-tracy-") as folder:
             logs = Path(folder)
             with (
-                _running(capture_command, environment, logs / "capture", "") as capture,
-                _running(self.command, client, logs / "program", stdin) as program,
+                running(capture_command, environment, logs / "capture", "") as capture,
+                running(self.command, client, logs / "program", stdin) as program,
             ):
                 self._follow(program, capture)
                 exit_code = program.end()
@@ -171,13 +163,15 @@ class _Attempt:
             raise CaptureError(f"{self.tool.name}: wrote no file: {_one_line(said)}")
         return done
 
-    def _follow(self, program: _Child, capture: _Child) -> None:
+    def _follow(self, program: Child, capture: Child) -> None:
         """Wait until the program has ended, or has to be ended as there is nothing more to record.
 
         Raises:
             CaptureError: it does not end.
         """
         deadline = time.monotonic() + self.timeout_s
+        if self.calls_modules:
+            program.wait_behind_workers(self.timeout_s)
         while program.is_running and capture.is_running and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         if not program.is_running:
@@ -196,65 +190,6 @@ class _Attempt:
             return f"{text}; {self.tool.name}: {_one_line(said)}"
         *_, last = ["", *program.stderr.strip().splitlines()]
         return f"{text}: it did not load IREE's instrumented runtime" + (f" ({last.strip()})" if last else "")
-
-
-class _Child:
-    """A process in a group of its own, with its output in files: nobody has to read it while it runs."""
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, stdin: str) -> None:
-        self._log = log
-        self._path(".in").write_text(stdin, encoding="utf-8")
-        with (
-            self._path(".in").open("rb") as given,
-            self._path(".out").open("wb") as out,
-            self._path(".err").open("wb") as err,
-        ):
-            try:
-                self._process = subprocess.Popen(
-                    command, stdin=given, stdout=out, stderr=err, env=environment, start_new_session=True
-                )
-            except OSError as error:
-                raise CaptureError(f"{command[0]}: cannot be run: {error.strerror or error}") from None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it has not ended yet."""
-        return self._process.poll() is None
-
-    @property
-    def stdout(self) -> str:
-        """What it wrote so far."""
-        return self._path(".out").read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def stderr(self) -> str:
-        """What it wrote so far."""
-        return self._path(".err").read_text(encoding="utf-8", errors="replace")
-
-    def wait(self, timeout_s: float) -> bool:
-        """Give it time; whether it has ended."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(timeout_s, 0.0))
-        return not self.is_running
-
-    def end(self) -> int:
-        """Kill it and all that it started, as far as they still run; returns its exit code."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        return self._process.wait()
-
-    def _path(self, suffix: str) -> Path:
-        return self._log.with_name(self._log.name + suffix)
-
-
-@contextmanager
-def _running(command: Sequence[str], environment: Mapping[str, str], log: Path, stdin: str) -> Iterator[_Child]:
-    """A child that does not outlive the block."""
-    child = _Child(command, environment, log, stdin)
-    try:
-        yield child
-    finally:
-        child.end()
 
 
 def _free_port() -> int:

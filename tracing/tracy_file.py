@@ -1,4 +1,4 @@
-"""Tracy's files: a reader for those that IREE's capture tool writes.
+"""Reads Tracy's files, as IREE's capture tool writes them.
 
 A `.tracy` file has no written specification; this reads one version of it, 0.11.2, and refuses all others. Of its
 sections, in their order, everything up to the zones of GPUs is read; plots, memory, call stacks and samples, which
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from llmir_iree.tracing.capture import CaptureError, ZoneTotal
+from llmir_iree.tracing.capture import CaptureError
+from llmir_iree.tracing.tracy_zones import Int32Array, Int64Array, Message, SourceLocation, Thread, TracyFile, Zones
 
 FILE_VERSION = (0, 11, 2)
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 
 _CONTAINER_MAGIC = b"tr\xfdP"
 _OLD_MAGICS = (b"tlZ\x04", b"tZst")
@@ -35,289 +31,11 @@ _ZSTD = 1
 # Blocks of a container inflate to 64 KiB, and a stream refers to what it held before as far as the codec likes to.
 _WINDOW_BYTES = 1 << 31
 
-# Zones by which IREE's CPU devices tell of dispatches: a worker of local-task that runs some of its workgroups, named
-# by the export; on local-sync what encloses a zone for every workgroup.
-_WORKER_FUNCTION = "iree_hal_cmd_execute_dispatch_tiles"
-_INLINE_FUNCTION = "iree_hal_local_executable_issue_dispatch_inline"
-_RUNTIME_PREFIX = "iree_"
-
-_LONG_COLUMNS = ("start", "end", "self_ns")
 _FRAME_FIELDS = [("start", "<i8"), ("end", "<i8"), ("image", "<i4")]
 _ENDLESS_FRAME_FIELDS = [("start", "<i8"), ("image", "<i4")]
 
 # So many zones without others in them, one behind the other, make it likely that more follow.
 _RUN = 16
-
-
-@dataclass(frozen=True)
-class SourceLocation:
-    """Where a zone stands in the source; `name` is what the zone is called there, the function's name if not else."""
-
-    name: str
-    function: str
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Thread:
-    """A thread of the process, or what a GPU's driver calls a context."""
-
-    id: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Message:
-    """A text that the program left at a time."""
-
-    time_ns: int
-    text: str
-
-
-@dataclass(frozen=True, eq=False)
-class Zones:
-    """Zones as columns: thread by thread, in the order of their starts, and each before those inside it.
-
-    Attributes:
-        start, end: int64, ns since the program's start; `end` is -1 where the program ended first.
-        self_ns: int64, time that no zone inside this one takes; 0 where there is no end.
-        thread: int32, row in the file's `threads`, for zones of GPUs in its `gpu_contexts`.
-        location, name: int32, row in the file's `locations` and `names`.
-        parent: int32, row of the enclosing zone among all zones of the file; -1 if there is none.
-    """
-
-    start: Int64Array
-    end: Int64Array
-    self_ns: Int64Array
-    thread: Int32Array
-    location: Int32Array
-    name: Int32Array
-    parent: Int32Array
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    @property
-    def has_ended(self) -> npt.NDArray[np.bool_]:
-        """Which of them have a start and an end."""
-        ended: npt.NDArray[np.bool_] = (self.start >= 0) & (self.end >= self.start)
-        return ended
-
-    @property
-    def duration_ns(self) -> Int64Array:
-        """int64, 0 where there is no end."""
-        return np.where(self.has_ended, self.end - self.start, 0)
-
-    def take(self, rows: npt.NDArray[Any]) -> Zones:
-        """Some of them: by number, or those where a mask holds."""
-        return Zones(**{column.name: getattr(self, column.name)[rows] for column in fields(self)})
-
-    @classmethod
-    def join(cls, parts: Sequence[Zones]) -> Zones:
-        """One behind the other."""
-        joined = {}
-        for column in fields(cls):
-            kind = np.int64 if column.name in _LONG_COLUMNS else np.int32
-            joined[column.name] = np.concatenate([np.zeros(0, kind), *(getattr(part, column.name) for part in parts)])
-        return cls(**joined)
-
-
-@dataclass(frozen=True)
-class TracyDispatch:
-    """One run of a dispatch.
-
-    Attributes:
-        key: name of the executable's export.
-        start_ns, end_ns: of its first and its last zone.
-        tile_ns: time of its zones together, over all threads.
-        zones: how many there are: on local-sync one for each workgroup, on local-task for each share of workgroups that
-            a worker took.
-    """
-
-    key: str
-    start_ns: int
-    end_ns: int
-    tile_ns: int
-    zones: int
-
-    @property
-    def duration_ns(self) -> int:
-        """Wall time."""
-        return self.end_ns - self.start_ns
-
-
-@dataclass(frozen=True, eq=False)
-class TracyFile:
-    """What was read of one file.
-
-    Attributes:
-        path: of the file.
-        program, pid: what was traced.
-        host: what Tracy knows of the machine, under such names as "CPU", "CPU cores" and "RAM".
-        threads: those that had zones.
-        locations, names: what zones refer to; a name is the zone's own, or else that of its location.
-        cpu_zones, gpu_zones: all zones.
-        gpu_contexts: the devices and queues that GPU zones belong to.
-        messages: in the order of their times.
-        frames: for every set of frames, by name, int64 [frames, 2]: start and end in ns. Where a frame ends when the
-            next begins, the last one's end is -1.
-    """
-
-    path: Path
-    program: str
-    pid: int
-    host: Mapping[str, str]
-    threads: tuple[Thread, ...]
-    locations: tuple[SourceLocation, ...]
-    names: tuple[str, ...]
-    cpu_zones: Zones
-    gpu_zones: Zones
-    gpu_contexts: tuple[Thread, ...]
-    messages: tuple[Message, ...]
-    frames: Mapping[str, Int64Array]
-
-    def zones(self, name_glob: str = "*") -> Zones:
-        """Zones of the CPU's threads whose names match a pattern such as "decode*"."""
-        if name_glob == "*":
-            return self.cpu_zones
-        matching = [row for row, name in enumerate(self.names) if fnmatchcase(name, name_glob)]
-        return self.cpu_zones.take(np.isin(self.cpu_zones.name, matching))
-
-    def zone_totals(self, process: int) -> list[ZoneTotal]:
-        """Zones that have ended, summed up by name and location, the largest sums first.
-
-        Args:
-            process: number of the recorded process, for the rows.
-        """
-        totals = list(self._totals(self.cpu_zones, process, ""))
-        for row, context in enumerate(self.gpu_contexts):
-            of_context = self.gpu_zones.take(self.gpu_zones.thread == row)
-            totals += self._totals(of_context, process, f"{context.name}, ")
-        return sorted(totals, key=lambda total: (-total.total_ns, total.name, total.source))
-
-    @cached_property
-    def dispatch_zones(self) -> Zones:
-        """Zones of dispatches on the CPU, by their start."""
-        functions = [location.function for location in self.locations]
-        is_worker = np.array([function == _WORKER_FUNCTION for function in functions], bool)
-        is_inline = np.array([function == _INLINE_FUNCTION for function in functions], bool)
-        is_compiled = np.array([not function.startswith(_RUNTIME_PREFIX) for function in functions], bool)
-        zones = self.cpu_zones
-        if not len(zones):
-            return zones
-        # Row -1, that of no parent, is the last zone's: masked below.
-        parent_is_inline = is_inline[zones.location[zones.parent]] & (zones.parent >= 0)
-        chosen = is_worker[zones.location] | (parent_is_inline & is_compiled[zones.location])
-        rows = np.flatnonzero(chosen & zones.has_ended)
-        return zones.take(rows[np.argsort(zones.start[rows], kind="stable")])
-
-    def dispatches(self) -> list[TracyDispatch]:
-        """Runs of dispatches, by their start; those on GPUs have a zone each.
-
-        A run on the CPU is made of the zones of one name that follow each other on whatever threads, as long as every
-        thread turned to the dispatch before the others were done with it. A dispatch that runs twice at once is seen
-        as one run.
-        """
-        found = [*self._runs(), *self._gpu_dispatches()]
-        return sorted(found, key=lambda dispatch: dispatch.start_ns)
-
-    def _runs(self) -> Iterator[TracyDispatch]:
-        zones, parents = self.dispatch_zones, self.cpu_zones
-        runs: dict[_Run, None] = {}
-        latest: dict[int, _Run] = {}
-        by_parent: dict[tuple[int, int], _Run] = {}
-        columns = (zones.name, zones.start, zones.end, zones.parent, parents.start[zones.parent])
-        for name, start, end, parent, entered in zip(*(column.tolist() for column in columns), strict=True):
-            last = latest.get(name)
-            run = by_parent.get((name, parent)) if parent >= 0 else None
-            if run is None and last is not None and entered < last.end:
-                run = last
-            if run is None:
-                run = _Run(name, start)
-                runs[run] = None
-            elif last is not None and run is not last:
-                # What seemed a new run had begun while no other thread was inside one of this run's zones.
-                run.absorb(last)
-                by_parent.update(((name, other), run) for other in last.parents)
-                del runs[last]
-            latest[name] = by_parent[name, parent] = run
-            run.add(end, parent, end - start)
-        for run in runs:
-            yield TracyDispatch(self.names[run.name], run.start, run.end, run.tile_ns, run.zones)
-
-    def _gpu_dispatches(self) -> Iterator[TracyDispatch]:
-        zones = self.gpu_zones
-        is_compiled = np.array([not it.function.startswith(_RUNTIME_PREFIX) for it in self.locations], bool)
-        zones = zones.take(np.flatnonzero(is_compiled[zones.location] & zones.has_ended)) if len(zones) else zones
-        for name, start, end in zip(zones.name.tolist(), zones.start.tolist(), zones.end.tolist(), strict=True):
-            yield TracyDispatch(self.names[name], start, end, end - start, 1)
-
-    def _totals(self, zones: Zones, process: int, where: str) -> Iterator[ZoneTotal]:
-        zones = zones.take(zones.has_ended)
-        if not len(zones):
-            return
-        kind = zones.name.astype(np.int64) * len(self.locations) + zones.location
-        duration = zones.duration_ns
-        order = np.lexsort((duration, kind))
-        kind, duration, self_ns = kind[order], duration[order], zones.self_ns[order]
-        first = np.flatnonzero(np.diff(kind, prepend=-1))
-        counts = np.diff(first, append=len(kind))
-        last = first + counts - 1
-        # Of an even number the mean of the two in the middle.
-        median = (duration[first + (counts - 1) // 2] + duration[first + counts // 2]) // 2
-        names, locations = np.divmod(kind[first], len(self.locations))
-        columns = (
-            names,
-            locations,
-            counts,
-            np.add.reduceat(duration, first),
-            np.add.reduceat(self_ns, first),
-            duration[first],
-            median,
-            duration[last],
-        )
-        for name, location, count, total, own, least, middle, most in zip(*(c.tolist() for c in columns), strict=True):
-            yield ZoneTotal(
-                process=process,
-                name=self.names[name],
-                source=f"{where}{self.locations[location]}",
-                count=count,
-                total_ns=total,
-                self_ns=own,
-                min_ns=least,
-                median_ns=middle,
-                max_ns=most,
-            )
-
-
-class _Run:
-    """A run of a dispatch that may go on."""
-
-    def __init__(self, name: int, start: int) -> None:
-        self.name = name
-        self.start = start
-        self.end = start
-        self.tile_ns = 0
-        self.zones = 0
-        self.parents: set[int] = set()
-
-    def add(self, end: int, parent: int, tile_ns: int) -> None:
-        """Add a zone."""
-        self.end = max(self.end, end)
-        self.tile_ns += tile_ns
-        self.zones += 1
-        self.parents.add(parent)
-
-    def absorb(self, other: _Run) -> None:
-        """Add all that another run has."""
-        self.end = max(self.end, other.end)
-        self.tile_ns += other.tile_ns
-        self.zones += other.zones
-        self.parents |= other.parents
 
 
 def read_tracy(file: Path) -> TracyFile:

@@ -6,12 +6,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmir_iree.bundle import PARAMETER_SCOPE, Bundle, Phase, TargetInfo
 from llmir_iree.tracing.capture import CaptureError
 from llmir_iree.tracing.children import runtime_tool
+from llmir_iree.tracing.ir_values import Shape
 from llmir_iree.tracing.op_costs import Step
-from llmir_iree.tracing.stream_sites import Shape
 
 # What local drivers time on the host, others on the device; a driver that cannot says so and ends.
 _LOCAL_FAMILIES = "queue-events,host-execution,executable-metadata"
@@ -23,6 +24,7 @@ _MIN_TABLE = 2
 
 _INPUT = re.compile(r"(?P<shape>(?:\d+x)*)(?P<element>[a-z]+\d+)(?:=.*)?", re.DOTALL)
 _TOKEN = 7
+_UNITS_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,17 @@ class Workload:
         """Shapes of the inputs; None for those that stand in files."""
         return tuple(map(_shape, self.inputs))
 
-    def command(self, calls: int, *, profile: Path | None = None, traced: bool = False) -> list[str]:
+    def command(
+        self, calls: int, *, profile: Path | None = None, traced: bool = False, is_each_timed: bool = False
+    ) -> list[str]:
         """The command that calls the function so many times, and tells on stdout how long that took, as JSON.
 
         Args:
             calls: at least one.
             profile: where to write an `.ireeprof`, if anywhere.
             traced: whether to take the runtime that sends its zones to Tracy.
+            is_each_timed: whether it tells the time of each call, for `read_call_times`, or that of all, for
+                `read_clock`.
 
         Raises:
             CaptureError: this installation lacks the tool.
@@ -72,7 +78,8 @@ class Workload:
             *(f"--parameters={archive}" for archive in self.parameters),
             f"--function={self.function}",
             *(f"--input={value}" for value in self.inputs),
-            f"--benchmark_min_time={calls}x",
+            f"--benchmark_min_time={1 if is_each_timed else calls}x",
+            *((f"--benchmark_repetitions={calls}",) if is_each_timed else ()),
             "--benchmark_format=json",
             *((f"--device_profiling_mode={families}", f"--device_profiling_output={profile}") if profile else ()),
         ]
@@ -92,13 +99,31 @@ def read_clock(stdout: str) -> Clock:
     Raises:
         CaptureError: it is not what the tool prints after a run.
     """
-    units = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+    return _read_clocks(stdout)[0]
+
+
+def read_call_times(stdout: str) -> tuple[int, ...]:
+    """Read what `Workload.command` printed of each call: its time in ns.
+
+    Raises:
+        CaptureError: it is not what the tool prints after a run.
+    """
+    return tuple(clock.total_ns for clock in _read_clocks(stdout))
+
+
+def _read_clocks(stdout: str) -> list[Clock]:
     try:
-        row = json.loads(stdout)["benchmarks"][0]
-        calls = int(row["iterations"])
-        return Clock(calls, round(row["real_time"] * units[row["time_unit"]] * calls))
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise CaptureError("iree-benchmark-module told no times; does the function take other inputs?") from None
+        clocks = [_read_row(row) for row in json.loads(stdout)["benchmarks"] if row["run_type"] == "iteration"]
+    except (ValueError, KeyError, TypeError):
+        clocks = []
+    if not clocks:
+        raise CaptureError("iree-benchmark-module told no times; does the function take other inputs?")
+    return clocks
+
+
+def _read_row(row: dict[str, Any]) -> Clock:
+    calls = int(row["iterations"])
+    return Clock(calls, round(row["real_time"] * _UNITS_NS[row["time_unit"]] * calls))
 
 
 def bundle_workload(
@@ -109,7 +134,7 @@ def bundle_workload(
     Args:
         bundle: what to run.
         target: one that it is compiled for.
-        phase: "prefill" or "decode".
+        phase: one that the target has a module of.
         step: sequences, new tokens of each (1 in a decode) and tokens that the cache holds of each already.
         device: IREE device URI; the target's driver if left out.
 
@@ -118,8 +143,10 @@ def bundle_workload(
         CaptureError: a step that the model or the phase cannot take.
     """
     manifest = bundle.manifest
-    function = manifest.function(phase, step.batch).name.rpartition(".")[2]
-    least, most = (1, 1) if phase == "decode" else (_MIN_PREFILL, manifest.model.max_seq_len)
+    info = manifest.function(phase, step.batch)
+    function = info.name.rpartition(".")[2]
+    longest = min(info.columns or manifest.model.max_seq_len, manifest.model.max_seq_len)
+    least, most = (1, 1) if phase == "decode" else (_MIN_PREFILL, longest)
     if not least <= step.tokens <= most:
         raise CaptureError(f"{step.tokens} tokens: a {phase} takes {f'{least} to {most}' if least < most else least}")
     if step.context < 0 or step.context + step.tokens > manifest.model.max_seq_len:
@@ -134,7 +161,7 @@ def bundle_workload(
         module=bundle.checked_module(target, phase),
         function=function,
         inputs=(
-            f"{step.batch}x{step.tokens}xi32={_TOKEN}",
+            f"{step.batch}x{info.columns or step.tokens}xi32={_TOKEN}",
             f"{step.batch}xi32={step.context}",
             f"{step.batch}xi32={step.tokens}",
             # Page 0 stays behind as the one that padding names.

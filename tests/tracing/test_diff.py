@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +64,16 @@ def step() -> list[tuple[Site, int]]:
 
 @dataclass(frozen=True)
 class Recording:
-    """How a capture comes about: `changes` are the ratios of what is planted, by kind and shape."""
+    """How a capture comes about: `changes` are the ratios of what is planted, by kind and shape.
+
+    `machine` is how slow the machine was while each process ran; a side of its own slows down by chance.
+    """
 
     seed: int
     processes: int = 5
     slowness: float = 1.0
+    machine: Sequence[float] | None = None
+    session: str | None = None
     changes: Mapping[str, float] = field(default_factory=dict)
     without: str | None = None
     has_sites: bool = True
@@ -92,7 +97,8 @@ def record(tmp_path: Path) -> Record:
         generator = np.random.default_rng(recording.seed)
         calls, runs = [], []
         for process in range(recording.processes):
-            slowness = recording.slowness * np.exp(0.015 * generator.standard_normal())
+            own = np.exp(0.015 * generator.standard_normal())
+            slowness = recording.slowness * (own if recording.machine is None else recording.machine[process])
             typical = times * slowness * np.exp((0.003 + 30 / times) * generator.standard_t(4, len(times)))
             for call in range(CALLS):
                 tails = 1 + 0.02 * generator.pareto(3, len(times))
@@ -136,6 +142,8 @@ def manifest(recording: Recording) -> CaptureManifest:
         batch_size=1,
         context=128,
         processes=recording.processes,
+        session=recording.session,
+        process_ns=tuple((n * 10**10, n * 10**10 + 10**9) for n in range(recording.processes)),
         device="local-task",
         flags=recording.flags,
         versions={"iree-base-compiler": "3.13.0"},
@@ -212,6 +220,79 @@ def test_a_slow_machine_is_told(record: Record) -> None:
     assert "everything moved alike and got 1" in decode.summary()
 
 
+def in_turns(seed: int, slowness: float, changes: Mapping[str, float] = {}, processes: int = 5) -> list[Recording]:
+    """Two sides of one session: A B, B A, A B on a machine that others use, whose speed wanders by a fifth."""
+    generator = np.random.default_rng(1000 + seed)
+    wander = np.exp(np.cumsum(0.03 * generator.standard_normal(2 * processes))).tolist()
+    turns = [(n, n + 1) if n % 4 == 0 else (n + 1, n) for n in range(0, 2 * processes, 2)]
+    machines = ([wander[turn[side]] for turn in turns] for side in (0, 1))
+    of_b = {"changes": changes, "slowness": slowness}
+    return [
+        Recording(2 * seed + side, processes, machine=machine, session=f"session {seed}", **(of_b if side else {}))
+        for side, machine in enumerate(machines)
+    ]
+
+
+def test_ten_pairs_in_turns_call_no_change(record: Record) -> None:
+    quiet = 0
+    for seed in range(10):
+        [decode] = compare_captures(*map(record, in_turns(seed, 1.0))).functions
+        assert decode.change is not None
+        quiet += not decode.change.is_called and decode.uniform is None and not called(decode.rows)
+    assert quiet >= 9
+
+
+@pytest.mark.parametrize("slowness", [1.1, 0.9, 1.3])
+def test_a_uniform_change_is_called_in_turns_only(record: Record, slowness: float) -> None:
+    """The machine moves the sides of a pair by 3%, the mean of five by 1.4%: a tenth is 7 times that, 4 are enough."""
+    for seed in range(3):
+        sides = in_turns(seed, slowness)
+        [decode] = compare_captures(*map(record, sides)).functions
+        assert decode.change is not None
+        assert decode.change.is_called
+        assert decode.drift is None
+        assert decode.uniform == pytest.approx(slowness, rel=0.04)
+        assert decode.change.low <= slowness <= decode.change.high
+        assert "most dispatches alike got" in decode.summary()
+        [alone] = compare_captures(*(record(replace(side, session=None)) for side in sides)).functions
+        assert alone.change is not None
+        assert not alone.change.is_called
+        assert alone.uniform is None
+        assert alone.drift == pytest.approx(slowness, rel=0.04)
+
+
+def test_a_planted_change_beside_a_uniform_one(record: Record) -> None:
+    a, b = map(record, in_turns(1, 1.15, {DOWN: 1.8}))
+    diff = compare_captures(a, b)
+    [decode] = diff.functions
+    assert decode.rows[0].label == f"22 x {DOWN}"
+    assert decode.uniform == pytest.approx(1.15, rel=0.04)
+    first, last = decode.summary().split(", ")
+    assert f"% of it in 22 x {DOWN}" in first
+    assert last.startswith("other dispatches alike got 1")
+    assert "their processes took turns, 0.0 s apart" in diff.notes[0]
+
+
+def test_a_planted_change_is_found_in_turns(record: Record) -> None:
+    """A drift that pairs do not tell from chance is taken out, so that what is left is as exact as elsewhere."""
+    [decode] = compare_captures(*map(record, in_turns(2, 1.0, {DOWN: 1.05}))).functions
+    assert called(decode.rows) == [f"22 x {DOWN}"]
+    assert decode.uniform is None
+
+
+def test_a_process_without_its_neighbour_is_left_out(record: Record) -> None:
+    """B lost a process at the end; of A the same is left out, although it would have moved the mean."""
+    a, b = in_turns(3, 1.0)
+    assert a.machine is not None
+    a = replace(a, machine=[*a.machine[:4], 9.0])
+    [decode] = compare_captures(record(a), record(replace(b, processes=4))).functions
+    assert decode.processes == (4, 4)
+    assert decode.change is not None
+    assert not decode.change.is_called
+    [few] = compare_captures(record(a), record(replace(b, processes=2))).functions
+    assert "nothing can be called: 2 and 2 processes" in few.summary()
+
+
 def test_rows_add_up_to_the_call(record: Record) -> None:
     groupings: tuple[Grouping, ...] = ("dispatch", "site", "kind", "layer")
     a, b = record(Recording(1)), record(Recording(2, without="argmax 32000", changes={DOWN: 1.3}))
@@ -230,6 +311,17 @@ def test_rows_of_one_side_are_kept(record: Record) -> None:
         assert (row.label, row.side, row.change) == (f"22 x {GATED}", side, None)
         assert row.share == pytest.approx(1, abs=0.02)
         assert f"in 22 x {GATED} only in {side.upper()}" in decode.summary()
+
+
+def test_what_replaces_something_is_named_with_it(record: Record) -> None:
+    """Neither costs what it alone adds or saves."""
+    a, b = record(Recording(1, without=DOWN)), record(Recording(2, without=GATED, changes={DOWN: 3.0}))
+    [decode] = compare_captures(a, b).functions
+    assert decode.change is not None
+    assert decode.change.is_called
+    share = sum(row.share or 0 for row in decode.rows if row.side != "both")
+    assert 0.5 < share < 1.2
+    assert decode.summary().partition(": ")[2] == f"{share:.0%} of it in 22 x {DOWN} in place of 22 x {GATED}"
 
 
 def test_groupings(record: Record) -> None:
@@ -345,6 +437,24 @@ def test_command_writes_json(record: Record) -> None:
         "a": {"site": 7, "key": "quantized_matmul"},
         "b": {"site": 7, "key": "quantized_matmul"},
     }
+
+
+@pytest.mark.parametrize("top", ["0", "-3"])
+def test_command_shows_at_least_a_row(record: Record, top: str) -> None:
+    capture = record(Recording(1))
+    code, out, err = diff(capture, capture, "--top", top)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"error: --top {top}: expected 1 or more\n")
+
+
+def test_details_stand_below_their_row(record: Record) -> None:
+    a, b = record(Recording(1)), record(Recording(2, changes={DOWN: 1.8}, workgroups=(8, 1, 1)))
+    code, out, _ = diff(a, b)
+    assert code == 0
+    lines = out.splitlines()
+    row = next(index for index, line in enumerate(lines) if line.endswith(f"* 22 x {DOWN}"))
+    assert lines[row + 1].strip() == "workgroups 32x1x1 -> 8x1x1"
+    assert lines[row + 1].index("workgroups") == lines[row].index("22 x") + 2
 
 
 def test_command_refuses_what_is_no_capture(record: Record, tmp_path: Path) -> None:

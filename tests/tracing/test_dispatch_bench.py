@@ -30,6 +30,7 @@ def copied(small_capture: Capture, tmp_path: Path) -> Callable[[], Capture]:
     return copy
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ["*matmul*", "matmul"])
 def test_runs_with_what_was_recorded(small_capture: Capture, name: str) -> None:
     done = bench(small_capture, name, "--json")
@@ -101,6 +102,10 @@ def test_captures_that_lack_something_are_refused(copied: Callable[[], Capture])
     write_rows(capture.folder, DispatchRun, [*runs[:-1], last])
     with pytest.raises(CaptureError, match="recorded with 2 different workgroup counts"):
         bench_dispatch(capture, last.key)
+    other = [run.model_copy(update={"workgroups": (1, 2, 3)}) for run in runs]
+    write_rows(capture.folder, DispatchRun, other)
+    with pytest.raises(CaptureError, match=r"was recorded with 1x2x3 workgroups, and its export declares \d+x\d+x1;"):
+        bench_dispatch(capture, "0")
     moved = [run.model_copy(update={"key": "other"}) for run in runs]
     write_rows(capture.folder, DispatchRun, moved)
     with pytest.raises(CaptureError, match="dispatch 0 was other, and the IR has main"):

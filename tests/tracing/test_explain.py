@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from llmir_iree.cli.trace import main
 from llmir_iree.tracing.capture import Capture, DispatchRun, write_rows
+from tests.tracing.tuning import TUNING_PASS, bad_tiles
 
 MODULE = """
 func.func @main(%x: tensor<64x256xf32>, %w: tensor<256x512xf32>, %v: tensor<512x384xf32>) -> tensor<64x384xf32> {
@@ -31,33 +32,7 @@ func.func @main(%x: tensor<64x256xf32>, %w: tensor<256x512xf32>, %v: tensor<512x
 INPUTS = ("64x256xf32=0.1", "256x512xf32=0.1", "512x384xf32=0.1")
 SLOW = "matmul_like 64x384x512"
 
-# Tiles of one row and two columns for the second matmul, which no one would choose.
-TUNING_SPEC = """
-module @spec attributes { transform.with_named_sequence, iree_codegen.tuning_spec_with_default_entrypoint } {
-  transform.named_sequence @apply_op_config(%op: !transform.any_op {transform.readonly},
-                                            %config: !transform.any_param {transform.readonly}) {
-    transform.annotate %op "compilation_info" = %config : !transform.any_op, !transform.any_param
-    transform.yield
-  }
-  transform.named_sequence @match(%op: !transform.any_op {transform.readonly})
-      -> (!transform.any_op, !transform.any_param) {
-    transform.match.operation_name %op ["linalg.generic"] : !transform.any_op
-    %right = transform.get_operand %op[1] : (!transform.any_op) -> !transform.any_value
-    transform.iree.match.cast_compatible_type %right = tensor<512x384xf32> : !transform.any_value
-    %config = transform.param.constant #iree_codegen.compilation_info<
-      lowering_config = #iree_cpu.lowering_config<distribution = [8, 8, 0], vector_common_parallel = [1, 2, 0],
-                                                  vector_reduction = [0, 0, 1]>,
-      translation_info = #iree_codegen.translation_info<pipeline = #iree_cpu.pipeline<DoubleTilingExpert>>>
-      -> !transform.any_param
-    transform.yield %op, %config : !transform.any_op, !transform.any_param
-  }
-  transform.named_sequence @__kernel_config(%variant: !transform.any_op {transform.consumed})
-      -> !transform.any_op attributes { iree_codegen.tuning_spec_entrypoint } {
-    %result = transform.foreach_match in %variant @match -> @apply_op_config : (!transform.any_op) -> !transform.any_op
-    transform.yield %result : !transform.any_op
-  }
-}
-"""
+pytestmark = pytest.mark.timed
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +40,12 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sequence[
     """Records the module, compiled with more flags."""
     folder = tmp_path_factory.mktemp("explain")
     (folder / "module.mlir").write_text(MODULE)
-    (folder / "spec.mlir").write_text(TUNING_SPEC)
+    (folder / "spec.mlir").write_text(bad_tiles("linalg.generic", "tensor<512x384xf32>", "[8, 8, 0]"))
 
     def run(name: str, flags: Sequence[str]) -> Path:
         output = folder / f"{name}.llmtrace"
         inputs = [argument for value in INPUTS for argument in ("--input", value)]
-        options = ["--device", "local-sync", "--runs", "10", "--processes", "3", "--quiet", "-o", str(output)]
+        options = ["--device", "local-sync", "--runs", "40", "--processes", "4", "--quiet", "-o", str(output)]
         flags = [flag.replace("SPEC", str(folder / "spec.mlir")) for flag in flags]
         done = CliRunner().invoke(main, ["record", str(folder / "module.mlir"), *inputs, *options, "--", *flags])
         assert done.exit_code == 0, done.output
@@ -104,13 +79,13 @@ def test_a_bad_tile_size(record: Callable[[str, Sequence[str]], Path], base: Pat
     assert function["rows"][0]["label"] == SLOW
     assert function["rows"][0]["share"] > 0.8
     found = explanation(done, SLOW)
-    assert found["pass"] == "iree-codegen-materialize-tuning-specs"
+    assert found["pass"] == TUNING_PASS
     assert "-> [1, 2, 0]" in found["reason"]
     assert f"of it in {SLOW} (workgroups " in result["summary"][0]
     assert "-> [1, 2, 0]" in result["summary"][0]
     gate = compare(base, slow, "--fail-if-slower", "20")
     assert gate.exit_code == 1
-    assert "first parts at iree-codegen-materialize-tuning-specs, which only B ran" in gate.stdout
+    assert f"first parts at {TUNING_PASS}, which only B ran" in gate.stdout
 
 
 def test_another_processor(record: Callable[[str, Sequence[str]], Path], base: Path) -> None:
@@ -127,6 +102,22 @@ def test_nothing_changed(base: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "no change of the whole is called" in done.stdout
     assert "first parts at" not in done.stdout
+
+
+def test_a_dispatch_is_explained_by_its_own_ir_alone(base: Path, tmp_path: Path) -> None:
+    """An export that the IR lacks is not taken for another one whose name holds its own."""
+    a, b = (Capture.open(shutil.copytree(base, tmp_path / f"{side}.llmtrace")) for side in "ab")
+    known = next(run.key for run in a.read(DispatchRun) if "softmax" in run.key)
+    for capture, slowness in ((a, 1), (b, 50)):
+        runs = [
+            run.model_copy(update={"key": "softmax", "duration_ns": run.duration_ns * slowness})
+            if run.key == known
+            else run
+            for run in capture.read(DispatchRun)
+        ]
+        write_rows(capture.folder, DispatchRun, runs)
+    found = json.loads(compare(a.folder, b.folder, "--json").stdout)["explanations"]
+    assert [entry["reason"] for entry in found] == [f"{a.folder}: its IR holds no dispatch softmax"]
 
 
 def test_a_pass_of_the_plugin(base: Path, tmp_path: Path) -> None:

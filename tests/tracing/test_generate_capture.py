@@ -9,15 +9,20 @@ import pytest
 
 from llmir_iree.bundle import Bundle
 from llmir_iree.params.errors import BundleError
+from llmir_iree.trace_subjects import find_ir
 from llmir_iree.tracing import generate_capture
-from llmir_iree.tracing.capture import Call, Capture, CaptureError, DispatchRun, MachineInfo, ZoneTotal
+from llmir_iree.tracing.capture import Call, Capture, CaptureError, DispatchRun, MachineInfo, Site, ZoneTotal
 from llmir_iree.tracing.generate_capture import record_generate
+from llmir_iree.tracing.sites import place_runs
 from llmir_iree.tracing.tracy_file import read_tracy
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("iree._runtime_libs_tracy") is None,
-    reason="IREE's tracer is missing: install a wheel of iree-base-runtime for Linux",
-)
+pytestmark = [
+    pytest.mark.timed,
+    pytest.mark.skipif(
+        importlib.util.find_spec("iree._runtime_libs_tracy") is None,
+        reason="IREE's tracer is missing: install a wheel of iree-base-runtime for Linux",
+    ),
+]
 
 TOKENS = 6
 
@@ -27,7 +32,13 @@ def capture(smollm2_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
     output = tmp_path_factory.mktemp("captures") / "generate.llmtrace"
     machine = MachineInfo(cpu="known", cores=2)
     record_generate(
-        smollm2_bundle.folder, output, prompt="-", max_tokens=TOKENS, timeout_s=120, machine=lambda: machine
+        smollm2_bundle.folder,
+        output,
+        prompt="-",
+        max_tokens=TOKENS,
+        timeout_s=120,
+        machine=lambda: machine,
+        ir=find_ir(smollm2_bundle.folder, None),
     )
     return Capture.open(output)
 
@@ -53,7 +64,36 @@ def test_dispatches_lie_in_their_calls(capture: Capture) -> None:
     assert [run.site for run in runs if run.call == 1] == list(range(decodes[1]))
     # The model has 30 layers, and a product of gate and up projections in each.
     gated = [run for run in runs if run.call == 1 and "gated_matmul" in run.key]
-    assert len(gated) in (0, 30)
+    assert len(gated) == 30
+
+
+def test_dispatches_have_call_sites(capture: Capture, smollm2_bundle: Bundle) -> None:
+    """Of both functions: a layer's matmuls read its weights, in every call."""
+    model = smollm2_bundle.manifest.model
+    for function in ("prefill_bs1", "decode_bs1"):
+        sites = {site.site: site for site in capture.read(Site) if site.function == function}
+        assert {site.layer for site in sites.values()} == {None, *range(model.layers)}
+        gated = [site for site in sites.values() if site.kind == "gated_matmul"]
+        assert [site.layer for site in gated] == list(range(model.layers))
+        assert all(f"layers.{site.layer}." in str(site.weight) for site in gated)
+        assert all(site.line and site.op for site in gated)
+        runs = [run for run in capture.read(DispatchRun) if run.function == function]
+        assert {(run.site, run.key) for run in runs} == {(site.site, site.key) for site in sites.values()}
+
+
+def test_without_ir_it_says_so(smollm2_bundle: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "x.llmtrace"
+    capture = record_generate(smollm2_bundle.folder, output, prompt="a", max_tokens=1, timeout_s=60)
+    assert capture.manifest.missing["sites of prefill_bs1"] == "no IR is given"
+    assert {site.layer for site in capture.read(Site)} == {None}
+
+
+def test_runs_find_their_places() -> None:
+    assert place_runs(["b", "a", "a", "c"], ["a", "b", "c", "a"]) == [1, 0, 3, 2]
+    with pytest.raises(CaptureError, match="a call dispatched a 1 times, in the IR it is 2"):
+        place_runs(["b", "a"], ["a", "b", "a"])
+    with pytest.raises(CaptureError, match="a call dispatched d 1 times, in the IR it is 0"):
+        place_runs(["a", "d"], ["a"])
 
 
 def test_most_of_a_step_is_in_its_dispatches(capture: Capture) -> None:

@@ -234,6 +234,7 @@ def test_a_capture_without_dispatches_says_why(make: Make, tmp_path: Path) -> No
         aggregate(capture)
 
 
+@pytest.mark.timed
 def test_the_small_module_adds_up(small_capture: Capture) -> None:
     rows = aggregate(small_capture)
     assert sum(row.share for row in rows) == pytest.approx(1, abs=0.001)
@@ -243,3 +244,21 @@ def test_the_small_module_adds_up(small_capture: Capture) -> None:
     assert str(matmul.kind).startswith("matmul")
     assert matmul.throughput is not None
     assert matmul.bandwidth_share is not None
+
+
+def test_a_site_of_two_exports_has_a_row_for_each(make: Make) -> None:
+    """A function that branches dispatches another export at one place: neither takes the other's name or facts."""
+    capture = make()
+    runs = capture.read(DispatchRun)
+    other = [run.model_copy(update={"key": "other"}) if run.site == 3 and run.call % 2 else run for run in runs]
+    write_rows(capture.folder, DispatchRun, other)
+    rows = {row.name: row for row in aggregate(capture)}
+    steady = len(steady_calls(capture))
+    assert rows["other"].count + rows["head"].count == 1
+    odd = sum(run.key == "other" and run.call >= 1 for run in other)
+    assert rows["other"].count == odd / steady
+    assert rows["other"].kind is None
+    by_site = {row.name for row in aggregate(capture, "site")}
+    assert {"3 other", "3 head"} <= by_site
+    write_rows(capture.folder, Site, [])
+    assert {"other", "head"} <= {row.name for row in aggregate(capture, "kind")}

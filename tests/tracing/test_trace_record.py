@@ -1,7 +1,9 @@
 """llmir-trace record: what is refused, what is told and left out, and a whole bundle's step."""
 
+import json
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,85 @@ def test_a_call_of_two_submissions_is_one_call(tmp_path: Path) -> None:
     assert (len(capture.read(Call)), capture.manifest.missing) == (5, {})
     assert [run.site for run in capture.read(DispatchRun)] == [0, 1] * 5
     assert [str(site.op)[:4] for site in capture.read(Site)] == ["%p =", "%q ="]
+
+
+def test_two_subjects_take_turns(small_vmfb: Path, small_text: Path, tmp_path: Path) -> None:
+    a, b = tmp_path / "a.llmtrace", tmp_path / "b.llmtrace"
+    counts = ("--runs", "2", "--processes", "3", "--with", "ireeprof")
+    done = record(small_vmfb, *INPUTS, *counts, "-o", a, "--against", small_text, b, "--json")
+    assert done.exit_code == 0, done.output
+    manifests = [Capture.open(output).manifest for output in (a, b)]
+    assert json.loads(done.stdout) == [manifest.model_dump(mode="json") for manifest in manifests]
+    assert manifests[0].session is not None
+    assert manifests[0].session == manifests[1].session
+    assert [manifest.target for manifest in manifests] == [None, "llvm-cpu"]
+    times = [(*manifest.process_ns,) for manifest in manifests]
+    ran = sorted((start, end, side) for side, processes in zip("ab", times, strict=True) for start, end in processes)
+    assert "".join(side for *_, side in ran) == "abbaab"
+    assert all(before[1] <= after[0] for before, after in pairwise(ran))
+    assert len(Capture.open(a).read(Call)) == len(Capture.open(b).read(Call)) == 3 * (1 + 2)
+    told = [line for line in done.stderr.splitlines() if "process 1 of 3" in line]
+    assert [line.rpartition(" to ")[2].rstrip(" .)") for line in told] == ["a.llmtrace", "b.llmtrace"]
+
+
+def test_another_recording_is_another_session(small_capture: Capture, small_vmfb: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.llmtrace"
+    assert record(small_vmfb, *INPUTS, "--runs", "1", "--processes", "1", "-o", output).exit_code == 0
+    assert Capture.open(output).manifest.session not in (None, small_capture.manifest.session)
+
+
+def test_flags_of_the_other_side(small_text: Path, tmp_path: Path) -> None:
+    a, b = tmp_path / "a.llmtrace", tmp_path / "b.llmtrace"
+    other = ("--against", small_text, b, "--against-flag=--iree-llvmcpu-target-cpu=generic")
+    counts = ("--runs", "1", "--processes", "1", "--with", "ireeprof", "--quiet")
+    done = record(small_text, *INPUTS, *counts, "-o", a, *other, "--", "--iree-opt-level=O1")
+    assert done.exit_code == 0, done.output
+    flags = [Capture.open(output).manifest.flags for output in (a, b)]
+    assert flags[1] == (*flags[0], "--iree-llvmcpu-target-cpu=generic")
+    assert flags[0][-1] == "--iree-opt-level=O1"
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_of_two_that_fail_none_is_written(
+    small_vmfb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    seen = Counter[str]()
+
+    def fail_one(command: list[str], **options: float) -> str:
+        seen["runs"] += 1
+        if seen["runs"] == fails + 1:
+            raise CaptureError("out of memory")
+        return run_child(command, **options)
+
+    run_child = recording.run_child
+    monkeypatch.setattr(recording, "run_child", fail_one)
+    counts = ("--runs", "1", "--processes", "1")
+    outputs = tmp_path / "a.llmtrace", tmp_path / "b.llmtrace"
+    done = record(small_vmfb, *INPUTS, *counts, "-o", outputs[0], "--against", small_vmfb, outputs[1])
+    assert done.exit_code == 2
+    assert "nothing was captured: out of memory" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--against", "SUBJECT", "a.llmtrace"), "two captures cannot be written to one place"),
+        (("--against-flag=--iree-opt-level=O1",), "there is nothing to record against"),
+        (("--against", "none.vmfb", "b.llmtrace"), "none.vmfb: no such bundle, module or MLIR file"),
+        (("--against", "SUBJECT", "b.llmtrace", "--phase", "generate"), "--against: not with --phase generate"),
+        (("--with", "ireeprof", "--phase", "generate"), "--with: not with --phase generate"),
+    ],
+)
+def test_what_does_not_go_together(
+    small_vmfb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = [str(small_vmfb) if argument == "SUBJECT" else argument for argument in arguments]
+    done = record(small_vmfb, "-o", "a.llmtrace", *named)
+    assert done.exit_code == 2
+    assert told in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -158,11 +239,11 @@ def test_a_workload_that_crashes_is_noted_and_the_rest_is_written(
     assert done.exit_code == 0, done.output
     capture = Capture.open(output)
     assert capture.manifest.sources == ("ir",)
-    assert "crashed with SIGSEGV" in capture.manifest.missing["ireeprof"]
+    assert "killed by SIGSEGV" in capture.manifest.missing["ireeprof"]
     assert "missing: ireeprof" in done.stderr
     shown = CliRunner().invoke(main, ["show", str(output)])
     assert shown.exit_code == 2
-    assert "crashed with SIGSEGV" in shown.stderr
+    assert "killed by SIGSEGV" in shown.stderr
 
 
 def test_a_workload_that_hangs_meets_its_deadline(
@@ -237,6 +318,7 @@ def decode(smollm2_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
     return Capture.open(output)
 
 
+@pytest.mark.timed
 def test_a_bundle_s_step_adds_up(decode: Capture) -> None:
     assert decode.manifest.missing == {}
     assert (decode.manifest.phase, decode.manifest.context, decode.manifest.batch_size) == ("decode", 100, 1)
@@ -249,6 +331,7 @@ def test_a_bundle_s_step_adds_up(decode: Capture) -> None:
         assert {key: total.total_ns for key, total in read_totals(file).items()} == sums
 
 
+@pytest.mark.timed
 def test_a_bundle_s_sites_read_its_weights(decode: Capture, smollm2_bundle: Bundle) -> None:
     manifest = smollm2_bundle.manifest
     sites = decode.read(Site)
@@ -264,6 +347,7 @@ def test_a_bundle_s_sites_read_its_weights(decode: Capture, smollm2_bundle: Bund
     assert "util.call @llmir_rope_append_attend" in str(attention.op)
 
 
+@pytest.mark.timed
 def test_a_bundle_s_layers_are_alike(decode: Capture, smollm2_bundle: Bundle) -> None:
     first, *rows = [row for row in sort_rows(aggregate(decode, "layer"), "layer") if row.layer is not None]
     assert len(rows) == smollm2_bundle.manifest.model.layers - 1

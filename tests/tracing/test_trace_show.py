@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_narrow_terminal_keeps_what_matters_most(small_capture: Capture) -> No
     assert "workgroups" in titles[400]
 
 
+@pytest.mark.timed
 def test_json_holds_all_fields(small_capture: Capture) -> None:
     data = json.loads(show(small_capture, "--json").stdout)
     assert data["by"] == "dispatch"
@@ -85,6 +87,26 @@ def test_a_newer_capture_is_refused(small_capture: Capture, tmp_path: Path) -> N
     done = show(tmp_path)
     assert done.exit_code == 2
     assert f"its schema is {SCHEMA_VERSION + 1}" in done.stderr
+
+
+@pytest.mark.parametrize("table", [MANIFEST_NAME, "calls.jsonl", "dispatches.jsonl"])
+def test_bytes_that_are_no_text_are_refused(small_capture: Capture, tmp_path: Path, table: str) -> None:
+    folder = shutil.copytree(small_capture.folder, tmp_path / "damaged.llmtrace")
+    (folder / table).write_bytes(b"\xff\xfe\x00 no text")
+    done = show(folder)
+    assert done.exit_code == 2
+    assert table in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_capture_of_the_first_schema_is_read(small_capture: Capture, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_capture.folder, tmp_path / "old.llmtrace")
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    added = {"session", "process_ns"}
+    old = {**{name: value for name, value in manifest.items() if name not in added}, "schema_version": 1}
+    (folder / MANIFEST_NAME).write_text(json.dumps(old))
+    assert show(folder).exit_code == 0
+    assert Capture.open(folder).manifest.session is None
 
 
 def test_a_folder_that_is_no_capture_is_refused(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_program_that_does_not_load_the_runtime(
 
 
 def test_a_program_that_does_not_exist(output: Path) -> None:
-    with pytest.raises(CaptureError, match="nonsense: cannot be run: No such file"):
+    with pytest.raises(CaptureError, match="nonsense: cannot start: No such file"):
         record_tracy(["nonsense"], output, timeout_s=PATIENCE_S)
 
 

@@ -206,8 +206,9 @@ def _pack(histories: Histories, keys: Sequence[str], limit: int) -> tuple[dict[s
             continue
         history = pack_history(histories[key])
         if len(history.packed) > room:
+            passes = sum(not step["isStage"] for step in history.steps)
             omitted[key] = (
-                f"The history of its {plural(len(history.steps), 'pass')} is left out to "
+                f"The history of its {plural(passes, 'pass')} is left out to "
                 f"keep this page small; llmir-trace ir shows it."
             )
             continue

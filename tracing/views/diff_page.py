@@ -11,7 +11,7 @@ from typing import Any
 from llmir_iree.tracing.capture import CaptureManifest
 from llmir_iree.tracing.diff import CaptureDiff, Change, DiffRow, FunctionDiff
 from llmir_iree.tracing.explain import Explanation
-from llmir_iree.tracing.ir_configs import LoweringConfig
+from llmir_iree.tracing.ir_configs import LoweringConfig, pair_configs
 from llmir_iree.tracing.views.page import build_page
 
 _SCRIPTS = ("dom.js", "mlir.js", "history.js", "diff.js")
@@ -38,7 +38,8 @@ def _function(function: FunctionDiff) -> dict[str, Any]:
         "processes": function.processes,
         "aNs": function.a_ns,
         "bNs": function.b_ns,
-        "drift": function.drift,
+        # What is taken out of the parts that the page adds up.
+        "drift": None if function.took_turns else function.drift,
         "change": _change(function.change),
         "rows": [_row(row) for row in function.rows],
     }
@@ -104,17 +105,5 @@ def _names(passes: Sequence[str]) -> list[str]:
 
 
 def _configs(a: Sequence[LoweringConfig], b: Sequence[LoweringConfig]) -> list[tuple[str, str, str]]:
-    """Decisions on either side, row by row: the n-th about an op in A stands beside the n-th in B."""
-    sides = [_by_op(side) for side in (a, b)]
-    return [
-        (op, sides[0].get((op, n), ""), sides[1].get((op, n), "")) for op, n in dict.fromkeys([*sides[0], *sides[1]])
-    ]
-
-
-def _by_op(configs: Sequence[LoweringConfig]) -> dict[tuple[str, int], str]:
-    seen: Counter[str] = Counter()
-    numbered = {}
-    for config in configs:
-        numbered[config.op, seen[config.op]] = config.text
-        seen[config.op] += 1
-    return numbered
+    """Decisions on either side, row by row."""
+    return [(op, ours.text if ours else "", theirs.text if theirs else "") for op, ours, theirs in pair_configs(a, b)]

@@ -1,4 +1,4 @@
-"""Packs what the passes made of a dispatch into a page: each text as its edits of the one before it, then deflated.
+"""Packs what the compiler made of a dispatch into a page: each text as its edits of the one before it, then deflated.
 
 Whole texts would come to megabytes for a dispatch; their edits, deflated, to a hundredth of that.
 """
@@ -9,13 +9,16 @@ import base64
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import chain
 from typing import Any
 
-from llmir_iree.tracing.capture import Capture
+from llmir_iree.tracing.capture import Capture, CaptureError
 from llmir_iree.tracing.ir_history import IrDump, IrHistory
 from llmir_iree.tracing.ir_text import mask_values, strip_locations
+from llmir_iree.tracing.machine_code import find_assembly, find_llvm
 
 # First line, lines removed from there, lines that stand there now, and whether they differ in names of values alone.
 Edit = tuple[int, int, list[str], bool]
@@ -24,19 +27,25 @@ Edit = tuple[int, int, list[str], bool]
 _LONG = 2000
 
 
+# Of LLVM IR and of assembly, which a dispatch that was unrolled may have many of.
+_MOST_LINES = 4000
+
+
 @dataclass(frozen=True)
 class PassChange:
-    """What one pass did.
+    """What one pass did, or what the dispatch was at a stage behind the passes.
 
     Attributes:
-        name: of the pass.
+        name: of the pass, or of the stage.
         level: the op that it ran on.
         parts: those of the dispatch that it changed, such as its function, with their text; None for one that is gone.
+        is_stage: whether it is a stage, whose one part is the whole of what there is.
     """
 
     name: str
     level: str
     parts: Mapping[str, str | None]
+    is_stage: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class PackedHistory:
     """A history as a page holds it.
 
     Attributes:
-        steps: for each pass its name, level, and how many lines it added and removed.
+        steps: for each pass or stage its name, level, and how many lines it added and removed.
         packed: base64 of deflated JSON: for each pass a list of parts, each with its name, the number of the pass
             whose text of it was edited or -1, and its `Edit`s, first to last.
     """
@@ -58,15 +67,21 @@ class PackedHistory:
 
 
 def capture_histories(capture: Capture) -> dict[str, Iterable[PassChange]]:
-    """What the passes did to each dispatch of a capture, by its exports, read when gone through; empty without IR.
+    """What the compiler did to each dispatch of a capture, by its exports, read when gone through; empty without IR.
+
+    Behind the passes stand LLVM IR and assembly, as far as the capture holds them.
 
     Raises:
         CaptureError: the IR is damaged.
     """
-    if not (capture.ir / "tree").is_dir():
+    if not capture.has_passes:
         return {}
     histories = IrDump.open(capture.folder).dispatches
-    return {export: read_changes(history) for history in histories for export in history.exports}
+    return {
+        export: chain(read_changes(history), read_stages(capture, export))
+        for history in histories
+        for export in history.exports
+    }
 
 
 def read_changes(history: IrHistory) -> Iterator[PassChange]:
@@ -83,8 +98,19 @@ def read_changes(history: IrHistory) -> Iterator[PassChange]:
         yield PassChange(step.pass_name, step.level, parts)
 
 
+def read_stages(capture: Capture, export: str) -> Iterator[PassChange]:
+    """LLVM IR and assembly of a dispatch; neither, where the machine code was made in another way than by LLVM."""
+    for name, option, find in (("LLVM IR", "llvm", find_llvm), ("Assembly", "asm", find_assembly)):
+        with suppress(CaptureError):
+            lines = find(capture.ir, (export,)).splitlines()
+            if len(lines) > _MOST_LINES:
+                rest = f"... {len(lines) - _MOST_LINES} lines more: llmir-trace ir --stage {option} shows them"
+                lines = [*lines[:_MOST_LINES], rest]
+            yield PassChange(name, "what LLVM made of it", {name: "\n".join(lines)}, is_stage=True)
+
+
 def pack_history(changes: Iterable[PassChange]) -> PackedHistory:
-    """Pack what the passes did, in their order."""
+    """Pack what the passes did, in their order, and the stages behind them."""
     latest: dict[str, tuple[int, str]] = {}
     steps = []
     packed = []
@@ -98,7 +124,8 @@ def pack_history(changes: Iterable[PassChange]) -> PackedHistory:
             added += sum(len(lines) for _, _, lines, is_quiet in edits if not is_quiet)
             removed += sum(count for _, count, _, is_quiet in edits if not is_quiet)
             parts.append((name, base, edits))
-        steps.append({"pass": change.name, "level": change.level, "added": added, "removed": removed})
+        lines = {"added": added, "removed": removed}
+        steps.append({"pass": change.name, "level": change.level, "isStage": change.is_stage, **lines})
         packed.append(parts)
     deflated = zlib.compress(json.dumps(packed, separators=(",", ":")).encode(), level=9)
     return PackedHistory(steps, base64.b64encode(deflated).decode())

@@ -45,14 +45,14 @@ def write_perfetto(capture: Capture, output: Path) -> int:
     if not calls:
         raise CaptureError(f"{capture.folder}: it holds no calls to write to {output.name}")
     runs = capture.read(DispatchRun)
-    sites = {(site.function, site.site): site for site in capture.read(Site)}
+    sites = {(site.function, site.site, site.key): site for site in capture.read(Site)}
     packets = b"".join(_message((_TRACE_PACKET, packet)) for packet in _packets(capture, calls, runs, sites))
     replace_file(output, packets)
     return len(calls) + len(runs)
 
 
 def _packets(
-    capture: Capture, calls: list[Call], runs: list[DispatchRun], sites: dict[tuple[str, int], Site]
+    capture: Capture, calls: list[Call], runs: list[DispatchRun], sites: dict[tuple[str, int, str], Site]
 ) -> Iterator[bytes]:
     runs_of: defaultdict[int, list[DispatchRun]] = defaultdict(list)
     for run in runs:
@@ -74,7 +74,7 @@ def _packets(
                 lanes.append(0)
                 yield _packet((_PACKET_TRACK, tracks.describe_lane(lane)))
             lanes[lane] = run.start_ns + run.duration_ns
-            site = sites.get((run.function, run.site))
+            site = sites.get((run.function, run.site, run.key))
             category = site.kind if site else UNKNOWN_KIND
             yield from _slice(tracks.lane(lane), run.start_ns, run.duration_ns, run.key, category, _details(run, site))
 

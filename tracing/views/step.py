@@ -44,7 +44,9 @@ class TypicalStep:
     def site(self, run: DispatchRun) -> Site:
         """What is known of a dispatch's place; a bare `Site` of unknown kind if the capture does not describe it."""
         known = self.sites.get(run.site)
-        return known or Site(function=run.function, site=run.site, key=run.key, executable=run.key, kind=UNKNOWN_KIND)
+        if known is not None and known.key == run.key:
+            return known
+        return Site(function=run.function, site=run.site, key=run.key, executable=run.key, kind=UNKNOWN_KIND)
 
 
 def typical_steps(capture: Capture) -> list[TypicalStep]:

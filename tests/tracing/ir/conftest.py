@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from iree.compiler.tools.binaries import find_tool
+
+from llmir_iree.cli.trace import main
+from tests.tracing.tuning import bad_tiles
 
 PROGRAM = """
 module @small {
@@ -47,7 +51,7 @@ def compile_program(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         command = [compiler, str(source), "-o", str(folder / "small.vmfb"), *TARGET, cpu]
         with (folder / "log").open("wb") as log:
             flags = tuple(flag.format(folder) for flag in flags)
-            subprocess.run([*command, *flags], stderr=log, timeout=120, check=True)
+            subprocess.run([*command, *flags], stderr=log, timeout=300, check=True)
         return folder
 
     return run
@@ -67,3 +71,23 @@ def changes(compile_program: Compile) -> Path:
 @pytest.fixture(scope="session")
 def threaded_log(compile_program: Compile) -> Path:
     return compile_program("--mlir-print-ir-after-all") / "log"
+
+
+@pytest.fixture(scope="session")
+def log(compile_program: Compile) -> Path:
+    """A log of the same."""
+    return compile_program("--mlir-print-ir-after-all", "--mlir-print-ir-after-change") / "log"
+
+
+@pytest.fixture(scope="session")
+def badly_tiled(compile_program: Compile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `changes`, of the program with bad tiles for its matmul."""
+    spec = tmp_path_factory.mktemp("spec") / "spec.mlir"
+    spec.write_text(bad_tiles("linalg.matmul", "tensor<64x64xf32>", "[2, 4, 0]"))
+    flags = ("--mlir-print-ir-after-all", "--mlir-print-ir-after-change", *TREE)
+    return compile_program(*flags, f"--iree-codegen-tuning-spec-path={spec}") / "tree"
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """Run llmir-trace."""
+    return CliRunner().invoke(main, list(map(str, arguments)), prog_name="llmir-trace")

@@ -8,9 +8,9 @@ import pytest
 
 from llmir_iree.tracing.ir_compare import compare, compare_programs, match_dispatches
 from llmir_iree.tracing.ir_history import IrDump
+from tests.tracing.ir.conftest import MATMUL, SOFTMAX
+from tests.tracing.tuning import TUNING_PASS
 
-MATMUL = "main_dispatch_0_matmul_8x64x64_f32"
-SOFTMAX = "main_dispatch_1_softmax_8x64xf32_dispatch_tensor_store"
 # With threads, iree-compile 3.13 was seen to hang while it writes a folder.
 FLAGS = (
     "--mlir-disable-threading",
@@ -18,31 +18,6 @@ FLAGS = (
     "--mlir-print-ir-after-change",
     "--mlir-print-ir-tree-dir={}/tree",
 )
-
-BAD_TILES = """
-module @spec attributes { transform.with_named_sequence, iree_codegen.tuning_spec_with_default_entrypoint } {
-  transform.named_sequence @apply_op_config(%op: !transform.any_op {transform.readonly},
-                                            %config: !transform.any_param {transform.readonly}) {
-    transform.annotate %op "compilation_info" = %config : !transform.any_op, !transform.any_param
-    transform.yield
-  }
-  transform.named_sequence @match(%op: !transform.any_op {transform.readonly})
-      -> (!transform.any_op, !transform.any_param) {
-    transform.match.operation_name %op ["linalg.matmul"] : !transform.any_op
-    %config = transform.param.constant #iree_codegen.compilation_info<
-      lowering_config = #iree_cpu.lowering_config<distribution = [2, 4, 0], vector_common_parallel = [1, 2, 0],
-                                                  vector_reduction = [0, 0, 1]>,
-      translation_info = #iree_codegen.translation_info<pipeline = #iree_cpu.pipeline<DoubleTilingExpert>>>
-      -> !transform.any_param
-    transform.yield %op, %config : !transform.any_op, !transform.any_param
-  }
-  transform.named_sequence @__kernel_config(%variant: !transform.any_op {transform.consumed}) -> !transform.any_op
-      attributes { iree_codegen.tuning_spec_entrypoint } {
-    %done = transform.foreach_match in %variant @match -> @apply_op_config : (!transform.any_op) -> !transform.any_op
-    transform.yield %done : !transform.any_op
-  }
-}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +55,11 @@ def test_another_processor_parts_at_the_choice_of_tiles(base: IrDump, compile_pr
     assert ours.fields["vector_common_parallel"] != theirs.fields["vector_common_parallel"]
 
 
-def test_a_bad_tile_parts_where_it_was_asked_for(base: IrDump, compile_program, tmp_path: Path) -> None:
-    spec = tmp_path / "spec.mlir"
-    spec.write_text(BAD_TILES)
-    other = IrDump.open(compile_program(*FLAGS, f"--iree-codegen-tuning-spec-path={spec}") / "tree")
+def test_a_bad_tile_parts_where_it_was_asked_for(base: IrDump, badly_tiled: Path) -> None:
+    other = IrDump.open(badly_tiled)
     found = compare(base.find(MATMUL), other.find(MATMUL))
     assert found is not None
-    assert (found.pass_name, found.ran) == ("iree-codegen-materialize-tuning-specs", "b")
+    assert (found.pass_name, found.ran) == (TUNING_PASS, "b")
     assert "tile sizes of linalg.matmul: distribution [8, 64, 0] -> [2, 4, 0]" in found.summary()
     assert max(map(len, found.hunk.splitlines())) < 500
     assert compare(base.find(SOFTMAX), other.find(SOFTMAX)) is None

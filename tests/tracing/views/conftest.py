@@ -246,6 +246,27 @@ class Browser:
     def screenshot(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self.command("GET", "/screenshot")))
 
+    def picture(self, file: Path, *selectors: str, margin: int = 16) -> None:
+        """Take a picture of the smallest part of the page that holds all that is named, in view or not."""
+        self.devtools("Emulation.setScrollbarsHidden", hidden=True)
+        clip = self.run(
+            "const boxes = args[0].map((selector) => document.querySelector(selector).getBoundingClientRect());"
+            "const least = (values) => Math.min(...values), most = (values) => Math.max(...values);"
+            "const [x, y] = [least(boxes.map((box) => box.left)), least(boxes.map((box) => box.top))];"
+            "return { x: x + scrollX, y: y + scrollY, width: most(boxes.map((box) => box.right)) - x,"
+            " height: most(boxes.map((box) => box.bottom)) - y };",
+            list(selectors),
+        )
+        clip = {
+            "x": max(clip["x"] - margin, 0),
+            "y": max(clip["y"] - margin, 0),
+            "width": clip["width"] + 2 * margin,
+            "height": clip["height"] + 2 * margin,
+            "scale": 1,
+        }
+        arguments = {"cmd": "Page.captureScreenshot", "params": {"clip": clip, "captureBeyondViewport": True}}
+        file.write_bytes(base64.b64decode(self.command("POST", "/goog/cdp/execute", arguments)["data"]))
+
     def close(self) -> None:
         self.command("DELETE", "")
 

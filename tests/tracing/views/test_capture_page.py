@@ -7,7 +7,7 @@ import pytest
 
 from llmir_iree.tracing.capture import CaptureError, Site, ZoneTotal
 from llmir_iree.tracing.views.capture_page import capture_page
-from llmir_iree.tracing.views.pass_history import PassChange
+from llmir_iree.tracing.views.pass_history import PassChange, capture_histories, read_stages
 
 FFN = "decode$async_dispatch_7_quantized_matmul_1x11264x2048_i8xi8xf32"
 DOWN = "decode$async_dispatch_9_quantized_matmul_1x2048x5632_i8xi8xf32"
@@ -152,6 +152,41 @@ def test_ir_of_a_pass_is_what_the_pass_left(page, browser):
         "return [...new Set([...document.querySelectorAll('.code span')].map((span) => span.className))].sort()"
     )
     assert kinds == ["t-comment", "t-number", "t-op", "t-ssa", "t-string", "t-symbol", "t-type"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_llvm_ir_and_assembly_stand_behind_the_passes(small_capture, browser, tmp_path, scheme):
+    histories = {export: list(changes) for export, changes in capture_histories(small_capture).items()}
+    key = next(export for export in histories if "softmax" in export)
+    stages = {stage.name: stage.parts[stage.name] for stage in read_stages(small_capture, key)}
+    file = tmp_path / "small.html"
+    file.write_text(capture_page(small_capture, histories), encoding="utf-8")
+    browser.open(file, scheme)
+    browser.wait("document.querySelector('tbody button')")
+    open_dispatch(browser, key)
+    browser.wait("document.querySelector('.code tr')")
+    # They are no passes.
+    told = (
+        "return [...document.querySelectorAll('[aria-label=\"Table of dispatches\"] tbody tr')]"
+        ".map((row) => row.lastChild.textContent)"
+    )
+    counts = [sum(not change.is_stage for change in changes) for changes in histories.values()]
+    assert sorted(browser.run(told)) == sorted(["", *map(str, counts)])
+    shown = "return [...document.querySelectorAll('.code tr')].map((row) => row.cells[3].textContent).join('\\n')"
+    chosen = "document.querySelector('.passes [aria-selected=true]')"
+    for press, name in (("End", "Assembly"), ("Up", "LLVM IR")):
+        browser.press(press)
+        browser.wait(f"document.querySelector('.diff h3').textContent.includes({name!r})")
+        told = browser.run(f"return [...{chosen}.children].map((child) => child.textContent)")
+        assert told == [name, f"{len(stages[name].splitlines()):,} lines", "what LLVM made of it"]
+        heading = browser.run("return document.querySelector('.diff h3').textContent")
+        assert heading.endswith(f"{name}, what LLVM made of it")
+        assert browser.run(shown).splitlines()[:1000] == stages[name].splitlines()[:1000]
+        assert browser.run("return document.querySelectorAll('.code .more, .code .less').length") == 0
+        assert browser.faint_texts() == []
+    browser.press("Up")
+    browser.wait("document.querySelector('.code .more')")
+    assert browser.logs("browser") == []
 
 
 def test_every_stop_of_tab_is_seen(page, browser):

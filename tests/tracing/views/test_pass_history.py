@@ -2,12 +2,16 @@
 
 import base64
 import json
+import shutil
 import zlib
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmir_iree.tracing.views.pass_history import PassChange, line_edits, pack_history
+from llmir_iree.tracing.capture import Capture
+from llmir_iree.tracing.machine_code import find_assembly, find_llvm
+from llmir_iree.tracing.views import pass_history
+from llmir_iree.tracing.views.pass_history import PassChange, capture_histories, line_edits, pack_history
 
 LINES = st.lists(st.sampled_from(["%0 = a.b", "%1 = a.b", "%1 = a.c %0", "return", "}", ""]), max_size=12)
 
@@ -68,3 +72,41 @@ def test_long_histories_pack_small():
     ]
     history = pack_history(changes)
     assert len(history.packed) < len(text) / 2
+
+
+def test_stages_stand_behind_the_passes_as_they_are() -> None:
+    changes = [
+        PassChange("first", "func.func", {"function": "a"}),
+        PassChange("LLVM IR", "", {"LLVM IR": "b\nc"}, True),
+    ]
+    history = pack_history(changes)
+    assert [step["isStage"] for step in history.steps] == [False, True]
+    packed = json.loads(zlib.decompress(base64.b64decode(history.packed)))
+    [[name, base, edits]] = packed[1]
+    assert (name, base, apply(edits, [])) == ("LLVM IR", -1, ["b", "c"])
+
+
+def test_a_capture_has_llvm_ir_and_assembly_behind_its_passes(small_capture) -> None:
+    histories = {export: list(changes) for export, changes in capture_histories(small_capture).items()}
+    assert len(histories) == 2
+    for export, changes in histories.items():
+        assert [change.name for change in changes if change.is_stage] == ["LLVM IR", "Assembly"]
+        llvm, assembly = changes[-2].parts["LLVM IR"], changes[-1].parts["Assembly"]
+        assert f"{find_llvm(small_capture.ir, (export,))}" == f"{llvm}\n"
+        assert f"{find_assembly(small_capture.ir, (export,))}" == f"{assembly}\n"
+
+
+def test_a_capture_without_machine_code_has_passes_alone(small_capture, tmp_path) -> None:
+    copy = tmp_path / "copy.llmtrace"
+    shutil.copytree(small_capture.folder, copy, ignore=shutil.ignore_patterns("binaries"))
+    histories = capture_histories(Capture.open(copy))
+    assert [change.name for changes in histories.values() for change in changes if change.is_stage] == []
+
+
+def test_of_long_machine_code_the_beginning_is_shown(small_capture, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pass_history, "_MOST_LINES", 10)
+    [export, *_] = capture_histories(small_capture)
+    for stage, option in zip(pass_history.read_stages(small_capture, export), ("llvm", "asm"), strict=True):
+        *lines, rest = (stage.parts[stage.name] or "").splitlines()
+        assert len(lines) == 10
+        assert rest.endswith(f"lines more: llmir-trace ir --stage {option} shows them")

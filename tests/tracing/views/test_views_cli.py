@@ -4,6 +4,8 @@ import pytest
 from click.testing import CliRunner
 
 from llmir_iree.cli.trace import main
+from llmir_iree.tracing.capture import PASSES_NAME
+from llmir_iree.tracing.ir_dump import pack_tree
 from llmir_iree.tracing.views.capture_page import HISTORY_BYTES
 
 
@@ -32,7 +34,7 @@ def test_show_writes_page_and_trace_instead_of_the_table(run, make_capture, tmp_
 def test_show_takes_the_passes_from_the_capture(run, make_capture, tmp_path):
     capture = make_capture()
     key = "decode$async_dispatch_4_paged_attention_1x32x64_i8xi8xf32"
-    folder = capture.ir / "tree/decode/builtin_module_module/hal_executable_decode$async_dispatch_4"
+    folder = tmp_path / "tree/builtin_module_module/hal_executable_decode$async_dispatch_4"
     folder.mkdir(parents=True)
     variant = "hal.executable private @decode$async_dispatch_4 {{\n  hal.executable.variant public @v target(<>) {{\n"
     variant += (
@@ -42,6 +44,8 @@ def test_show_takes_the_passes_from_the_capture(run, make_capture, tmp_path):
     for number, op in enumerate(("a.one", "a.two")):
         text = f"// -----// IR Dump After Pass: pass-{number} //----- //\n" + variant.format(key=key, op=op)
         (folder / f"1_{number}_pass-{number}.mlir").write_text(text)
+    capture.ir.mkdir()
+    pack_tree(tmp_path / "tree", capture.ir / PASSES_NAME)
     page = tmp_path / "a.html"
     assert run("show", capture.folder, "--html", page).exit_code == 0
     assert '"pass":"pass-1"' in page.read_text(encoding="utf-8")

@@ -161,7 +161,7 @@ function timeline() {
     overview.replaceChildren(
       svg("rect", { class: "between", x: 0, y: 0, width, height: overviewHeight }),
       ...step.runs.map(([place, start, ns]) => svg("rect", { class: `${colour(step.sites[place].kind)}${isDim(step.sites[place].kind) ? " dim" : ""}`, x: start * scale, y: 0, width: Math.max(0.3, ns * scale), height: overviewHeight })),
-      to - from < end() && svg("rect", { class: "window", x: from * scale, y: 0.5, width: Math.max(2, (to - from) * scale), height: overviewHeight - 1 }),
+      ...(to - from < end() ? [svg("rect", { class: "window", x: from * scale, y: 0.5, width: Math.max(2, (to - from) * scale), height: overviewHeight - 1 })] : []),
     );
   }
 
@@ -461,7 +461,7 @@ function dispatches() {
     { label: "Workgroups", numeric: true, value: (row) => row.workgroups?.reduce((a, b) => a * b, 1), cell: (row) => row.workgroups?.join("×") },
     { label: "GB/s", numeric: true, title: "and the share of the machine's roof", value: (row) => row.bytesS, cell: (row) => rate(row.bytesS, DATA.roofs.bandwidth) },
     { label: "GFLOP/s", numeric: true, title: "and the share of the machine's roof", value: (row) => row.flopsS, cell: (row) => rate(row.flopsS, DATA.roofs.flops) },
-    { label: "Passes", numeric: true, title: "that changed its IR", value: (row) => DATA.histories[row.key]?.steps.length, cell: (row) => DATA.histories[row.key]?.steps.length ?? "" },
+    { label: "Passes", numeric: true, title: "that changed its IR", value: (row) => passesOf(row), cell: (row) => passesOf(row) ?? "" },
   ];
   const table = sortable({ label: "Table of dispatches", columns, rows: [], sort: 6 });
   let isBySite = false;
@@ -501,6 +501,7 @@ function zones() {
   return section("Zones", `What Tracy saw, host and device together${DATA.zonesLeftOut ? `; ${plural(DATA.zonesLeftOut, "smaller one")} left out` : ""}.`, table.element);
 }
 
+const passesOf = (row) => DATA.histories[row.key]?.steps.filter((step) => !step.isStage).length;
 const dialog = h("dialog", { "aria-labelledby": "dispatch-title" });
 function openDispatch(row, run = null) {
   const { key } = row;

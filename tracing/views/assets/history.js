@@ -1,4 +1,5 @@
-// What the passes made of one dispatch: a list of passes, and the change of the chosen one.
+// What the compiler made of one dispatch: a list of passes and of the stages behind them, and the chosen one's change
+// or text.
 
 const CONTEXT = 3;
 const MOST_ROWS = 1500;
@@ -162,13 +163,13 @@ function diffPane(title, isComplete = false) {
   };
 }
 
-// The passes of one history beside the change that each made.
+// The passes and stages of one history beside the change that each made.
 function historyPane(name) {
   const meta = DATA.histories[name].steps;
   const pane = diffPane("");
   const items = meta.map((step, index) => h("li", { role: "option", id: `pass-${index}`, "aria-selected": "false", onclick: () => choose(index) },
     h("span", { class: "pass mono" }, step.pass),
-    h("span", { class: "count" }, h("span", { class: "added" }, `+${step.added}`), " ", h("span", { class: "removed" }, `−${step.removed}`)),
+    h("span", { class: "count" }, step.isStage ? plural(step.added, "line") : [h("span", { class: "added" }, `+${step.added}`), " ", h("span", { class: "removed" }, `−${step.removed}`)]),
     step.level && h("span", { class: "level quiet" }, step.level)));
   const list = h("ul", { class: "passes", role: "listbox", tabindex: 0, "aria-label": "Passes that changed it" }, items);
   let chosen = -1;
@@ -181,11 +182,12 @@ function historyPane(name) {
     const history = await unpack(name);
     if (chosen !== index) return;
     const parts = history.steps[index];
+    const isText = index === 0 || meta[index].isStage;
     const rows = parts.flatMap(([part, base, edits]) => [
       ...(parts.length > 1 ? [{ heading: part }] : []),
-      ...(index === 0 ? unchanged(textAfter(history, index, part)) : comparison(textAfter(history, base, part), edits)),
+      ...(isText ? unchanged(textAfter(history, index, part)) : comparison(textAfter(history, base, part), edits)),
     ]);
-    const what = index === 0 ? "the IR after it" : `${plural(meta[index].added, "line")} added, ${meta[index].removed} removed`;
+    const what = meta[index].isStage ? meta[index].level : index === 0 ? "the IR after it" : `${plural(meta[index].added, "line")} added, ${meta[index].removed} removed`;
     pane.show(`${index + 1} of ${meta.length}: ${meta[index].pass}, ${what}`, rows);
   }
   list.addEventListener("keydown", (event) => {

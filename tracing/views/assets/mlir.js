@@ -1,8 +1,8 @@
-// Colours MLIR line by line: enough for the eye, no grammar.
+// Colours MLIR line by line, and LLVM IR and assembly with the same few rules: enough for the eye, no grammar.
 
 const MLIR = new RegExp(
   [
-    String.raw`(?<comment>\/\/.*$)`,
+    String.raw`(?<comment>(?:\/\/|;).*$)`,
     String.raw`(?<string>"(?:[^"\\]|\\.)*"?)`,
     String.raw`(?<ssa>%[\w$.#-]+)`,
     String.raw`(?<symbol>@(?:"[^"]*"|[\w$.-]+))`,
