@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PROMPT ?= What does a compiler do? Answer in one sentence.
 PYTEST_ARGS ?=
+CHECK_ARGS ?=
 BENCH_JSON ?=
 BENCH_ARGS ?=
 BENCH_MODELS ?= smollm2-q4_1 tinyllama-q4_0 tinyllama-q8_0 tinyllama-f16
@@ -31,7 +32,9 @@ BENCH_TESTS := pp512x1,pp128x1,tg32@128x1,tg32@2048x1
 # Folders as well as files: a folder changes when a file in it is added or deleted.
 SOURCES := pyproject.toml setup.py $(shell find $(PACKAGES) -name __pycache__ -prune -o -print)
 
-# What is installed so far. setuptools builds inside the tree, and would pack what an older build left in build/.
+# What is installed so far, out of a wheel that is built once, since compiling the kernels takes a while. setuptools
+# builds inside the tree, and would pack what an older build left in build/.
+WHEELS := $(VENV)/wheels
 CREATED := $(VENV)/.created
 TORCH_INSTALLED := $(VENV)/.torch
 INSTALLED := $(VENV)/.installed
@@ -41,21 +44,41 @@ BENCH_INSTALLED := $(VENV)/.bench
 MODEL_INSTALLED := $(VENV)/.model
 
 export PROMPT
+# Python compiles what is imported when it is; pip would compile all of torch and transformers first.
+export PIP_NO_COMPILE := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test bench bench-json $(BENCH_MODELS:%=bench-%) lint typecheck clean
+.PHONY: help run test check-targets check-gpu bench bench-json $(BENCH_MODELS:%=bench-%) docs lint typecheck clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 run: $(BUNDLE)/manifest.json ## set up, export and compile SmolLM2-135M, answer PROMPT
 	$(BIN)/llmir-run $(BUNDLE) --target $(TARGET) --chat --prompt "$$PROMPT" --max-tokens 64
 
 # Programs that the tests start would import the folder llmir_iree, which stands in their working directory, instead of
-# the installed package.
-test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; PYTEST_ARGS goes to pytest
-	PYTHONSAFEPATH=1 $(BIN)/pytest $(PYTEST_ARGS)
+# the installed package. Tests that compare times want the machine for themselves; the others take all cores, file by
+# file in the order of their names, at whose end stand many small ones. All of them take one bundle.
+test: export PYTHONSAFEPATH := 1
+ifeq ($(PYTEST_ARGS),)
+test: export LLMIR_TEST_BUNDLE ?= $(CURDIR)/$(BUNDLE)
+test: $(if $(LLMIR_TEST_BUNDLE),,$(BUNDLE)/manifest.json)
+endif
+test: $(DEV_INSTALLED) $(MODEL_INSTALLED) ## set up and run the tests; or pytest with PYTEST_ARGS
+ifeq ($(PYTEST_ARGS),)
+	$(BIN)/pytest -m "not timed" --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m timed
+else
+	$(BIN)/pytest $(PYTEST_ARGS)
+endif
+
+check-targets: $(DEV_INSTALLED) $(BUNDLE)/manifest.json ## compile for every target, read the code, run what can be run
+	cd $(VENV) && bin/python -m llmir_iree.check_targets $(CURDIR)/$(BUNDLE) tinyllama \
+		-o $(CURDIR)/docs/targets.md $(CHECK_ARGS)
+
+check-gpu: $(DEV_INSTALLED) $(BUNDLE)/manifest.json ## check ops, text and speed on a CUDA GPU, if there is one
+	cd $(VENV) && bin/python -m llmir_iree.check_gpu $(CURDIR)/$(BUNDLE) "$$(cat .model)"
 
 bench: $(BENCH_MODELS:%=bench-%) ## time models beside llama.cpp and transformers; BENCH_JSON=FILE
 
@@ -70,6 +93,9 @@ $(BENCH_MODELS:%=bench-%): bench-%: $(BENCH)/%/manifest.json $(BENCH_INSTALLED) 
 # Every model adds to it.
 bench-json:
 	$(if $(BENCH_JSON),rm -f "$(BENCH_JSON)")
+
+docs: $(DEV_INSTALLED) ## run the commands of docs/from-slow-to-the-cause.md, and write their outputs and pictures
+	LLMIR_WRITE_DOCS=1 PYTHONSAFEPATH=1 $(BIN)/pytest tests/tracing/views/test_from_slow_to_the_cause.py
 
 lint: $(DEV_INSTALLED) ## check style and format
 	$(BIN)/ruff check --quiet
@@ -94,20 +120,21 @@ $(TORCH_INSTALLED): $(CREATED)
 	$(PIP) install $(TORCH)
 	@touch $@
 
+# pip takes a wheel of the same version for the same wheel, unless it is forced.
 $(INSTALLED): $(TORCH_INSTALLED) $(SOURCES)
-	rm -rf build
-	$(PIP) install .
+	rm -rf build $(WHEELS)
+	$(PIP) wheel --no-deps --wheel-dir $(WHEELS) .
+	$(PIP) install --force-reinstall --no-deps $(WHEELS)/*.whl
+	$(PIP) install $(WHEELS)/*.whl
 	@touch $@
 
 $(DEV_INSTALLED): pyproject.toml | $(INSTALLED)
-	rm -rf build
-	$(PIP) install '.[dev]'
+	$(PIP) install "$$(echo $(WHEELS)/*.whl)[dev]"
 	@touch $@
 
 $(BENCH_INSTALLED): pyproject.toml | $(INSTALLED)
 	@echo "llama-cpp-python builds from source: about 10 minutes the first time, and it needs a C and C++ compiler"
-	rm -rf build
-	$(PIP) install --no-warn-conflicts '.[bench]'
+	$(PIP) install --no-warn-conflicts "$$(echo $(WHEELS)/*.whl)[bench]"
 	@touch $@
 
 $(MODEL_INSTALLED): $(CREATED)

@@ -40,7 +40,7 @@ def main(bundle: Path, repetitions: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         full = _compile(source, Path(folder) / "all", ())
         for step in PIPELINE:
-            if not step.required:
+            if not (step.required or step.on_request):
                 without = _compile(source, Path(folder) / step.name, (f"-{step.name}",))
                 ratios = (_ratio(case, without, full, repetitions) for case in CASES)
                 click.echo(f"| {step.name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")

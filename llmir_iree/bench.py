@@ -34,6 +34,7 @@ from llmir_iree.params.errors import BundleError, RequestError
 
 if TYPE_CHECKING:  # Imported when something runs: the engines load the runtime.
     from llmir_iree.bench_engines import BundleEngine, Engine
+    from llmir_iree.plugins.kernels.peaks import Multiplied
 
 DEFAULT_TESTS = "pp512,pp128,tg128"
 PEER_NAMES = ("llama.cpp", "transformers")
@@ -125,21 +126,17 @@ def run_bench(options: BenchOptions, note: Callable[[str], None] = lambda _: Non
         if chunks is not None:
             perplexity = _measure_perplexity([ours, *peers], chunks, batches[-1], note)
 
-        peaks = Peaks(bundle.checked_parameters(), ours.session.device_uri)
+        work = Work.of(bundle)
+        peaks = Peaks(bundle.checked_parameters(), ours.session.device_uri, work.multiplied)
         load = OtherLoad()
-        rates = []
-        for case in cases:
-            peaks.measure()
-            rates.append(_time_case(case, [ours, *peers], options.repetitions, note))
+        timed = [_time_case(case, [ours, *peers], peaks, options.repetitions, note) for case in cases]
         other_load = load.share()
-        peaks.measure()
         if other_load > _QUIET_LOAD:
             note(f"warning: other processes kept {other_load:.0%} of the cores busy; the times are not to be trusted")
 
-    work = Work.of(bundle)
     rows: list[Row] = []
-    for case, (our_rates, *peer_rates) in zip(cases, rates, strict=True):
-        throughput = _throughput(case, our_rates, work, peaks)
+    for case, ((our_rates, *peer_rates), moments) in zip(cases, timed, strict=True):
+        throughput = _throughput(case, our_rates, work, moments)
         by_peer = dict(zip(options.peers, peer_rates, strict=True))
         rows += compare_rates(bundle.manifest.model.name, case, our_rates, throughput, by_peer)
     header = Header(
@@ -150,6 +147,7 @@ def run_bench(options: BenchOptions, note: Callable[[str], None] = lambda _: Non
         threads=threads,
         bandwidth_gb_s=_giga(peaks.bandwidth),
         peak_gmac_s=_giga(peaks.macs),
+        multiplied=work.multiplied,
         target=f"{ours.session.target.target} on {ours.session.device_uri}",
         validation=validation,
         perplexity=perplexity,
@@ -160,34 +158,60 @@ def run_bench(options: BenchOptions, note: Callable[[str], None] = lambda _: Non
     return Report(header, tuple(rows))
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What the machine gave at some time, in the mean of some tenths of a second.
+
+    Attributes:
+        bandwidth: bytes read a second; None where there is nothing that could measure it.
+        macs: products a second of what was asked for; None likewise.
+    """
+
+    bandwidth: float | None
+    macs: float | None
+
+    @classmethod
+    def between(cls, before: Moment, after: Moment) -> Moment:
+        """The mean of two."""
+        return cls(_middle(before.bandwidth, after.bandwidth), _middle(before.macs, after.macs))
+
+
 class Peaks:
     """The best that the machine was seen to give: what disturbs a measurement makes it smaller, never larger.
 
     Attributes:
         bandwidth: bytes read a second; None before `measure`, and where there is nothing that could measure it.
-        macs: products of bytes a second; None likewise.
+        macs: products a second; None likewise.
     """
 
-    def __init__(self, file: Path, device_uri: str) -> None:
+    def __init__(self, file: Path, device_uri: str, multiplied: Multiplied | None) -> None:
         """Measure nothing yet.
 
         Args:
             file: what is read, see `PeakMeter.bandwidth`.
             device_uri: whose peaks are wanted. The kernels measure the host's.
+            multiplied: what products are of; None if there is no one peak for them.
         """
         self._file = file
         self._is_host = device_uri.startswith("local")
+        self._multiplied = multiplied
         self.bandwidth: float | None = None
         self.macs: float | None = None
 
-    def measure(self) -> None:
-        """Measure once more."""
+    def measure(self) -> Moment:
+        """Measure once more, and tell what there is just now."""
         from llmir_iree.peaks import open_peak_meter
 
         meter = open_peak_meter() if self._is_host else None
-        if meter is not None:
-            self.bandwidth = max(self.bandwidth or 0.0, meter.bandwidth(self._file))
-            self.macs = max(self.macs or 0.0, meter.macs())
+        if meter is None:
+            return Moment(None, None)
+        bandwidth = meter.bandwidth(self._file)
+        self.bandwidth = max(self.bandwidth or 0.0, bandwidth.best)
+        if self._multiplied is None:
+            return Moment(bandwidth.mean, None)
+        macs = meter.macs(self._multiplied)
+        self.macs = max(self.macs or 0.0, macs.best)
+        return Moment(bandwidth.mean, macs.mean)
 
 
 class OtherLoad:
@@ -290,22 +314,30 @@ def _validate(
 
 
 def _time_case(
-    case: Case, engines: Sequence[Engine], repetitions: int, note: Callable[[str], None]
-) -> list[list[float]]:
-    """Tokens a second of each engine and repetition; the engines take turns, so that what disturbs one disturbs all."""
+    case: Case, engines: Sequence[Engine], peaks: Peaks, repetitions: int, note: Callable[[str], None]
+) -> tuple[list[list[float]], list[Moment]]:
+    """Tokens a second of each engine and repetition, and what the machine gave around each of the first engine's.
+
+    The engines take turns, so that what disturbs one disturbs all.
+    """
     vocab = engines[0].vocab_size
     warm_up = replace(case, tokens=min(case.tokens, _WARM_UP_STEPS)) if case.kind == "tg" else case
     for engine in engines:
         time_tokens(engine, warm_up, random_tokens(vocab, case.batch, warm_up.new_tokens), case.length)
     rates: list[list[float]] = [[] for _ in engines]
+    moments: list[Moment] = []
     for repetition in range(repetitions):
         tokens = random_tokens(vocab, case.batch, case.new_tokens, repetition + 1)
+        before = peaks.measure()
         for engine, taken in zip(engines, rates, strict=True):
             time.sleep(_SETTLE_S)
             taken.append(case.timed_tokens / time_tokens(engine, case, tokens, case.length))
+            if engine is engines[0]:
+                time.sleep(_SETTLE_S)
+                moments.append(Moment.between(before, peaks.measure()))
         latest = ", ".join(f"{e.name} {taken[-1]:.1f}" for e, taken in zip(engines, rates, strict=True))
         note(f"{case.test} batch {case.batch}, {repetition + 1} of {repetitions}: {latest} tok/s")
-    return rates
+    return rates, moments
 
 
 def time_tokens(engine: Engine, case: Case, tokens: IntArray, length: int) -> float:
@@ -329,23 +361,28 @@ def time_tokens(engine: Engine, case: Case, tokens: IntArray, length: int) -> fl
     return time.perf_counter() - start
 
 
-def _throughput(case: Case, rates: Sequence[float], work: Work, peaks: Peaks) -> Throughput:
-    """What a case's rates mean in bytes and products, alone and beside the peaks."""
-    seconds = fmean(case.timed_tokens / rate for rate in rates)
-    macs = work.macs(case) / seconds or None
+def _throughput(case: Case, rates: Sequence[float], work: Work, moments: Sequence[Moment]) -> Throughput:
+    """What a case's rates mean in bytes and products, alone and beside what the machine gave at the moment of each."""
+    seconds = [case.timed_tokens / rate for rate in rates]
+    macs = work.macs(case)
     # A prompt computes rather than reads.
-    read = work.read_bytes(case) / seconds if case.kind == "tg" else None
+    read = work.read_bytes(case) if case.kind == "tg" else 0
     return Throughput(
-        gb_s=_giga(read),
-        bandwidth_share=_share(read, peaks.bandwidth),
-        gmac_s=_giga(macs),
-        # Plain weights are multiplied as floats, for which the peak of bytes is no measure.
-        peak_share=_share(macs, peaks.macs) if work.is_integer else None,
+        gb_s=_giga(read / fmean(seconds) or None),
+        bandwidth_share=_share(read, seconds, [moment.bandwidth for moment in moments]),
+        gmac_s=_giga(macs / fmean(seconds) or None),
+        peak_share=_share(macs, seconds, [moment.macs for moment in moments]),
     )
 
 
-def _share(value: float | None, peak: float | None) -> float | None:
-    return None if value is None or peak is None else value / peak
+def _share(amount: int, seconds: Sequence[float], rates: Sequence[float | None]) -> float | None:
+    """What was done by what could have been done in the same time; None where that is not known."""
+    possible = [rate * taken for rate, taken in zip(rates, seconds, strict=True) if rate is not None]
+    return amount * len(seconds) / sum(possible) if amount and len(possible) == len(seconds) else None
+
+
+def _middle(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else (left + right) / 2
 
 
 def _giga(value: float | None) -> float | None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmir_iree.bundle import Bundle
 from llmir_iree.params.errors import RequestError
+
+if TYPE_CHECKING:
+    from llmir_iree.plugins.kernels.peaks import Multiplied
 
 Kind = Literal["pp", "tg"]
 
@@ -84,14 +87,14 @@ class Work:
         cache_token_bytes: that one token takes in the cache.
         token_macs: products of the linear layers for every token.
         head_macs: those of the output head, which only the last token of a prompt meets.
-        is_integer: whether all weights are quantised, so that they can be multiplied as bytes.
+        multiplied: "bytes" if all weights are quantised, "floats" if none is, None if there are both.
     """
 
     weight_bytes: int
     cache_token_bytes: int
     token_macs: int
     head_macs: int
-    is_integer: bool
+    multiplied: Multiplied | None
 
     @classmethod
     def of(cls, bundle: Bundle) -> Work:
@@ -108,7 +111,7 @@ class Work:
         manifest = bundle.manifest
         batch = manifest.batch_sizes("prefill")[0]
         token_macs = head_macs = 0
-        is_integer = True
+        multiplied: set[Multiplied] = set()
         with ir.Context(), ir.Location.unknown():
             module = ir.Module.parse(bundle.path(manifest.portable["prefill"].file).read_text(encoding="utf-8"))
             for site in find_calls(module):
@@ -120,14 +123,15 @@ class Work:
                     token_macs += macs
                 else:
                     head_macs += macs
-                is_integer &= FORMATS[str(site.call.constant("format"))].is_quantized
+                is_quantized = FORMATS[str(site.call.constant("format"))].is_quantized
+                multiplied.add("bytes" if is_quantized else "floats")
         cache = manifest.cache
         return cls(
             weight_bytes=manifest.parameters.decode_bytes,
             cache_token_bytes=cache.page_bytes // cache.page_size,
             token_macs=token_macs,
             head_macs=head_macs,
-            is_integer=is_integer,
+            multiplied=multiplied.pop() if len(multiplied) == 1 else None,
         )
 
     def read_bytes(self, case: Case) -> int:

@@ -122,7 +122,7 @@ class BundleEngine(Engine):
         self.vocab_size = bundle.manifest.model.vocab_size
         self._position = 0
         self._page_table = np.zeros((0, 0), np.int32)
-        self._result: StepResult | None = None
+        self._results: list[StepResult] = []
         self._is_filled = False
 
     def start(self, batch: int, length: int, context: int = 0) -> None:
@@ -137,21 +137,44 @@ class BundleEngine(Engine):
     def step(self, tokens: IntArray) -> None:
         """A first token is a prefill, as in `Session`'s own use, where decode only ever goes on from one."""
         batch, count = tokens.shape
-        phase: Phase = "decode" if count == 1 and self._position else "prefill"
-        if phase == "prefill" and count < _MIN_SEQ:
-            tokens = np.pad(tokens, ((0, 0), (_MIN_SEQ - count, 0)))
-        end = self._position + count
-        entries = max(_MIN_TABLE, self.session.pool.pages_for(end))
-        starts = np.full(batch, self._position, np.int32)
-        lengths = np.full(batch, count, np.int32)
-        self._result = self.session.run(phase, batch, tokens, starts, lengths, self._page_table[:, :entries])
-        self._result.next_token()  # Waits for the device.
-        self._position = end
+        phase = "decode" if count == 1 and self._position else self.session.target.prefill_phase
+        if phase == "prefill_chunk":
+            self._results = [self._run_chunks(tokens[row], self._page_table[row]) for row in range(batch)]
+        else:
+            if phase == "prefill" and count < _MIN_SEQ:
+                tokens = np.pad(tokens, ((0, 0), (_MIN_SEQ - count, 0)))
+            self._results = [self._run(phase, tokens, self._position, count, self._page_table)]
+        for result in self._results:
+            result.next_token()  # Waits for the device.
+        self._position += count
 
     def logits(self) -> FloatArray:
         """f32 [batch, vocab]."""
-        assert self._result is not None
-        return self._result.logits()
+        if len(self._results) == 1:
+            return self._results[0].logits()
+        return np.concatenate([result.logits()[:1] for result in self._results])
+
+    def _run_chunks(self, tokens: IntArray, pages: IntArray) -> StepResult:
+        """A row's prompt i32 [n], chunk by chunk, in the first row of a function for as few as there is; the last."""
+        rows = self.session.bundle.manifest.batch_sizes("prefill_chunk")[0]
+        columns = self.session.prefill_tokens
+        page_table = np.full((rows, len(pages)), PADDING_PAGE, np.int32)
+        page_table[0] = pages
+        for start in range(0, len(tokens), columns):
+            piece = tokens[start : start + columns]
+            padded = np.zeros((rows, columns), np.int32)
+            padded[0, columns - len(piece) :] = piece
+            result = self._run("prefill_chunk", padded, self._position + start, len(piece), page_table)
+        return result
+
+    def _run(self, phase: Phase, tokens: IntArray, start: int, count: int, page_table: IntArray) -> StepResult:
+        """One call for rows that all go on from the same position."""
+        batch = len(tokens)
+        entries = max(_MIN_TABLE, self.session.pool.pages_for(start + count))
+        starts, lengths = np.full(batch, start, np.int32), np.full(batch, count, np.int32)
+        if phase == "prefill_chunk":
+            starts[1:] = lengths[1:] = 0
+        return self.session.run(phase, batch, tokens, starts, lengths, page_table[:, :entries])
 
     def _fill_cache(self) -> None:
         """Write random numbers into every page, the same into each."""

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from llmir_iree.cli.common import LlmirCommand
 from llmir_iree.machine import cpu_count
 from llmir_iree.params.errors import LlmirError
+from llmir_iree.params.memory import drop_from_memory
 
 QUANTIZED = ("q8_0", "q4_0")
 """Formats that `write_checkpoints` writes beside f16."""
@@ -184,6 +185,8 @@ def _in_place(file: Path, write: Callable[[Path], None]) -> None:
     unfinished = file.with_name(f"{file.name}.partial")
     try:
         write(unfinished)
+        # So that a peer that maps it has large pages, as the bundle's archive has.
+        drop_from_memory(unfinished)
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -22,10 +22,11 @@ class Throughput:
     Attributes:
         gb_s: bytes of weights and cache that the steps had to read, by the time they took, in 10^9 a second; None for
             prompts, which compute rather than read.
-        bandwidth_share: the same as a share of the machine's measured bandwidth, None where that is not known.
+        bandwidth_share: the same as a share of what a plain read gave just before and after, None where that is not
+            known.
         gmac_s: products of the linear layers, by the time they took, in 10^9 a second; None where there are none.
-        peak_share: the same as a share of the machine's measured peak of products of bytes; None where that is not
-            known, and for plain weights, which are multiplied as floats.
+        peak_share: the same as a share of the products that registers gave just before and after, of bytes or, for
+            plain weights, of floats; None where that is not known, and for a model with weights of both kinds.
     """
 
     gb_s: float | None
@@ -76,8 +77,10 @@ class Header:
         weights: their formats and size, and the cache's dtype.
         cores: cores that this process may use.
         threads: threads that the peers were given.
-        bandwidth_gb_s: a plain read of memory by all cores, 10^9 bytes a second; None where it cannot be measured.
-        peak_gmac_s: products of bytes by all cores, in registers, 10^9 a second; None likewise.
+        bandwidth_gb_s: a plain read of memory by all cores at its best, 10^9 bytes a second; None where it cannot be
+            measured.
+        peak_gmac_s: products by all cores, in registers, at their best, 10^9 a second; None likewise.
+        multiplied: what these are products of, "bytes" or "floats"; None for a model with weights of both kinds.
         target: of the bundle, and the device it ran on.
         validation: what the logits were compared with before anything was timed, and how close they were.
         perplexity: of a text, None if it was not asked for.
@@ -92,6 +95,7 @@ class Header:
     threads: int
     bandwidth_gb_s: float | None
     peak_gmac_s: float | None
+    multiplied: str | None
     target: str
     validation: str
     perplexity: Perplexity | None
@@ -233,9 +237,9 @@ def _spread(rates: Sequence[float]) -> float | None:
 
 def _describe(header: Header) -> list[tuple[str, str]]:
     threads = f"{header.threads} thread{'s' if header.threads > 1 else ''}"
-    peaks = ""
-    if header.bandwidth_gb_s is not None and header.peak_gmac_s is not None:
-        peaks = f", {header.bandwidth_gb_s:.1f} GB/s, {header.peak_gmac_s:.0f} GMAC/s of bytes"
+    peaks = "" if header.bandwidth_gb_s is None else f", at best {header.bandwidth_gb_s:.1f} GB/s"
+    if header.peak_gmac_s is not None:
+        peaks += f", {header.peak_gmac_s:.0f} GMAC/s of {header.multiplied}"
     lines = [
         ("machine", f"{header.cpu}, {header.cores} cores ({threads}){peaks}"),
         ("weights", header.weights),

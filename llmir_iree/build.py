@@ -15,7 +15,6 @@ from llmir_iree.bundle import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
     PARAMETERS_NAME,
-    PHASES,
     TOKENIZER_FOLDER,
     Bundle,
     CacheDtype,
@@ -30,7 +29,7 @@ from llmir_iree.bundle import (
 )
 from llmir_iree.compile import compile_bundle
 from llmir_iree.export.model import build_model, load_config, page_shape, weight_specs
-from llmir_iree.export.trace import PortableModule, TraceOptions, trace_phase
+from llmir_iree.export.trace import PHASES, PortableModule, TraceOptions, trace_phase
 from llmir_iree.params.archive import ArchiveInfo, write_archive
 from llmir_iree.params.checkpoint import Checkpoint, open_checkpoint
 from llmir_iree.params.errors import BundleError, LlmirError, RequestError
@@ -57,6 +56,7 @@ class BuildOptions:
     page_size: int = 32
     max_seq_len: int | None = None
     cache_dtype: CacheDtype = "f16"
+    chunk_tokens: int = 128
     targets: tuple[Target, ...] = ()
     implementations: Preference = "best"
     passes: tuple[str, ...] = ()
@@ -87,7 +87,11 @@ def build_bundle(options: BuildOptions, report: Reporter | None = None) -> Bundl
         report.stage(f"reading {checkpoint.source}")
         config = load_config(checkpoint.config)
         trace_options = TraceOptions(
-            options.batch_sizes, options.page_size, options.cache_dtype, _max_seq_len(options.max_seq_len, config)
+            options.batch_sizes,
+            options.page_size,
+            options.cache_dtype,
+            _max_seq_len(options.max_seq_len, config),
+            options.chunk_tokens,
         )
         plan = plan_weights(checkpoint, weight_specs(config), options.quant)
         for line in describe_conversions(plan):
@@ -97,7 +101,7 @@ def build_bundle(options: BuildOptions, report: Reporter | None = None) -> Bundl
         model = build_model(config, plan)
         portable: list[PortableModule] = []
         for phase in PHASES:
-            report.stage(f"tracing {phase} for batch sizes {', '.join(map(str, options.batch_sizes))}")
+            report.stage(f"tracing {phase}")
             portable.append(trace_phase(model, config, phase, trace_options))
             (folder / f"{phase}.mlir").write_text(portable[-1].text, encoding="utf-8")
 

@@ -7,6 +7,7 @@ refused.
     BUNDLE/
       manifest.json
       prefill.mlir  decode.mlir        portable: `llmir` ops, no weights
+      prefill_chunk.mlir               the same as prefill.mlir, for a fixed number of new tokens
       params.irpa                      every weight, packed, memory mapped by both modules
       tokenizer/                       tokenizer.json, tokenizer_config.json
       <target>/prefill.vmfb  <target>/decode.vmfb
@@ -33,8 +34,13 @@ PARAMETERS_NAME = "params.irpa"
 PARAMETER_SCOPE = "model"
 TOKENIZER_FOLDER = "tokenizer"
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "prefill_chunk", "decode"]
+"""What a module does; a `prefill_chunk` is a prefill of a fixed number of columns, which a bundle may lack."""
+
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+"""The phases that every bundle has."""
+
+PrefillPhase = Literal["prefill", "prefill_chunk"]
 CacheDtype = Literal["f16", "bf16", "f32"]
 CACHE_ITEM_BYTES: dict[CacheDtype, int] = {"f16": 2, "bf16": 2, "f32": 4}
 
@@ -102,6 +108,13 @@ class FunctionInfo(_Record):
     arguments: tuple[TensorType, ...]
     results: tuple[TensorType, ...]
 
+    @property
+    def columns(self) -> int | None:
+        """New tokens of a row that the function takes, padding included; None for any number."""
+        tokens = next((argument for argument in self.arguments if argument.name == "tokens"), None)
+        columns = None if tokens is None else tokens.shape[1]
+        return columns if isinstance(columns, int) else None
+
 
 class LayoutInfo(_Record):
     """The order of the planes of a weight format, see `llmir_iree.params.layouts`."""
@@ -164,13 +177,33 @@ class ModuleInfo(FileInfo):
 
 
 class TargetInfo(_Record):
-    """The modules of one target."""
+    """The modules of one target: a decode, and a prefill of one kind.
+
+    `subgroup_size` is how many lanes of a device the modules take to run in step; None where there are none.
+    """
 
     target: str
     folder: str
     driver: str
     compiler: str
     modules: dict[Phase, ModuleInfo]
+    subgroup_size: int | None = None
+
+    @property
+    def prefill_phase(self) -> PrefillPhase:
+        """Which of the prefills the target has."""
+        return "prefill_chunk" if "prefill_chunk" in self.modules else "prefill"
+
+    @property
+    def phases(self) -> tuple[Phase, Phase]:
+        """The phases that it has modules of."""
+        return self.prefill_phase, "decode"
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> TargetInfo:
+        if set(self.modules) != set(self.phases):
+            raise ValueError(f"modules for {', '.join(self.modules)}; expected a decode and one kind of prefill")
+        return self
 
 
 class Manifest(_Record):
@@ -193,9 +226,16 @@ class Manifest(_Record):
         if cache.page_shape != expected:
             raise ValueError(f"cache.page_shape is {cache.page_shape}, the model needs {expected}")
         for phase in PHASES:
-            if phase not in self.portable or not self.batch_sizes(phase):
-                raise ValueError(f"there is no {phase} module or function")
+            if phase not in self.portable:
+                raise ValueError(f"there is no {phase} module")
+        for phase in self.portable:
+            if not self.batch_sizes(phase):
+                raise ValueError(f"there is no {phase} function")
         return self
+
+    def phases_for(self, *, prefill_chunks: bool) -> tuple[Phase, Phase]:
+        """The phases to compile: a prefill, by chunks if that is asked for and was exported, and the decode."""
+        return "prefill_chunk" if prefill_chunks and "prefill_chunk" in self.portable else "prefill", "decode"
 
     def batch_sizes(self, phase: Phase) -> tuple[int, ...]:
         """Batch sizes that a phase was exported for, in rising order."""

@@ -1,4 +1,4 @@
-"""What this machine's cores give at best: bytes read and bytes multiplied, measured by kernels of our own.
+"""What this machine's cores give at best: bytes read, and bytes or floats multiplied, measured by kernels of our own.
 
 They run as a bundle's modules do, compiled by IREE and on the threads of its device, so that both meet the same limits.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import mmap
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 
 import iree.runtime as rt
 import numpy as np
@@ -19,7 +21,8 @@ import numpy.typing as npt
 from llmir_iree.compile import compile_mlir
 from llmir_iree.machine import cpu_count
 from llmir_iree.params.errors import CompileError
-from llmir_iree.plugins.kernels.peaks import MACS_PER_ROUND, OPERAND_SHAPE, peaks_module
+from llmir_iree.plugins.kernels.peaks import PRODUCTS, Multiplied, peaks_module
+from llmir_iree.scheduling import behind_workers
 from llmir_iree.targets import resolve_target
 
 _TARGET = "llvm-cpu"
@@ -38,6 +41,25 @@ _PATIENCE_S = 0.3
 _DEVICE_LOCAL = int(rt.MemoryType.DEVICE_LOCAL)
 _HOST_VISIBLE = int(rt.MemoryType.HOST_VISIBLE)
 _MAPPED_USAGE = int(rt.BufferUsage.DEFAULT) | int(rt.BufferUsage.MAPPING)
+_ELEMENT_TYPES = {"int8": rt.HalElementType.SINT_8, "float32": rt.HalElementType.FLOAT_32}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What some passes did a second.
+
+    Attributes:
+        best: of the fastest pass: what disturbs one makes it slower, never faster.
+        mean: of all passes together: what whoever else ran for as long could have had.
+    """
+
+    best: float
+    mean: float
+
+    @classmethod
+    def of(cls, amount: float, seconds: Sequence[float]) -> Rate:
+        """The rate of passes that did `amount` each."""
+        return cls(amount / min(seconds), amount / fmean(seconds))
 
 
 class PeakMeter:
@@ -53,8 +75,8 @@ class PeakMeter:
         self._context = rt.VmContext(instance, [rt.create_hal_module(instance, self._device), self._module])
         self._workgroups = _WORKGROUPS_PER_CORE * cpu_count()
 
-    def bandwidth(self, file: Path | None = None) -> float:
-        """Bytes a second of a plain read of memory by all cores: the best of a few passes, in under half a second.
+    def bandwidth(self, file: Path | None = None) -> Rate:
+        """Bytes a second of a plain read of memory by all cores, in under half a second.
 
         Args:
             file: read this file's pages instead of a buffer of our own, where it is large enough to defeat the caches.
@@ -66,21 +88,22 @@ class PeakMeter:
             memory, memory_type=_DEVICE_LOCAL | _HOST_VISIBLE, allowed_usage=_MAPPED_USAGE
         )
         view = rt.HalBufferView(buffer, (nbytes,), rt.HalElementType.SINT_8)
-        return nbytes / _least_seconds(lambda: self._call("read_memory", view, self._workgroups))
+        return Rate.of(nbytes, _time_passes(lambda: self._call("read_memory", view, self._workgroups)))
 
-    def macs(self) -> float:
-        """Products of bytes a second, each added to a sum of 32 bits, by all cores: the best of a few passes."""
-        operand = self._upload(np.ones(OPERAND_SHAPE, np.int8))
-        seconds = _least_seconds(lambda: self._call("multiply_bytes", operand, operand, self._workgroups, _ROUNDS))
-        return self._workgroups * _ROUNDS * MACS_PER_ROUND / seconds
+    def macs(self, multiplied: Multiplied = "bytes") -> Rate:
+        """Products a second, each added to a sum of 32 bits, by all cores, in under half a second."""
+        products = PRODUCTS[multiplied]
+        operand = self._upload(np.ones(products.shape, products.dtype))
+        seconds = _time_passes(lambda: self._call(products.function, operand, operand, self._workgroups, _ROUNDS))
+        return Rate.of(self._workgroups * _ROUNDS * products.macs_per_round, seconds)
 
-    def _upload(self, values: npt.NDArray[np.int8]) -> rt.HalBufferView:
+    def _upload(self, values: npt.NDArray[np.generic]) -> rt.HalBufferView:
         buffer = self._device.allocator.allocate_buffer_copy(
             memory_type=_DEVICE_LOCAL, allowed_usage=_MAPPED_USAGE, device=self._device, buffer=values
         )
-        return rt.HalBufferView(buffer, values.shape, rt.HalElementType.SINT_8)
+        return rt.HalBufferView(buffer, values.shape, _ELEMENT_TYPES[values.dtype.name])
 
-    def _call(self, function: str, *arguments: rt.HalBufferView | int) -> npt.NDArray[np.int32]:
+    def _call(self, function: str, *arguments: rt.HalBufferView | int) -> npt.NDArray[np.generic]:
         """Run a function and return its result, which is there only when all workgroups are done."""
         packed, results = rt.VmVariantList(len(arguments)), rt.VmVariantList(1)
         for argument in arguments:
@@ -88,9 +111,10 @@ class PeakMeter:
                 packed.push_int(argument)
             else:
                 packed.push_ref(argument)
-        self._context.invoke(self._module.lookup_function(function), packed, results)
+        with behind_workers():
+            self._context.invoke(self._module.lookup_function(function), packed, results)
         view = results.get_as_object(0, rt.HalBufferView)
-        values: npt.NDArray[np.int32] = rt.DeviceArray(self._device, view).to_host()
+        values: npt.NDArray[np.generic] = rt.DeviceArray(self._device, view).to_host()
         return values
 
 
@@ -116,9 +140,9 @@ def open_peak_meter() -> PeakMeter | None:
 
 
 def measure_bandwidth(file: Path | None = None) -> float | None:
-    """`PeakMeter.bandwidth` of this machine, None where it cannot be measured."""
+    """The best `PeakMeter.bandwidth` of this machine, None where it cannot be measured."""
     meter = open_peak_meter()
-    return None if meter is None else meter.bandwidth(file)
+    return None if meter is None else meter.bandwidth(file).best
 
 
 def _memory(file: Path | None) -> mmap.mmap:
@@ -133,16 +157,16 @@ def _memory(file: Path | None) -> mmap.mmap:
     return memory
 
 
-def _least_seconds(run: Callable[[], object]) -> float:
-    """The shortest of a few passes, after one that is not timed: what disturbs a pass makes it longer."""
+def _time_passes(run: Callable[[], object]) -> list[float]:
+    """The seconds of some passes, after one that is not timed."""
     run()
-    least = float("inf")
+    seconds: list[float] = []
     begin = time.perf_counter()
-    for _ in range(_PASSES):
+    while len(seconds) < _PASSES:
         start = time.perf_counter()
         run()
         end = time.perf_counter()
-        least = min(least, end - start)
+        seconds.append(end - start)
         if end - begin > _PATIENCE_S:
             break
-    return least
+    return seconds

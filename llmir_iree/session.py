@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from llmir_iree.bundle import CACHE_ITEM_BYTES, PARAMETER_SCOPE, PHASES, Bundle, CacheDtype, Phase
+from llmir_iree.bundle import CACHE_ITEM_BYTES, PARAMETER_SCOPE, Bundle, CacheDtype, Phase
+from llmir_iree.devices import IREE_ERRORS, choose_target, driver_of, first_line, open_device, to_host
 from llmir_iree.machine import available_memory
 from llmir_iree.pages import PADDING_PAGE, PagePool, Sequence
 from llmir_iree.params.errors import BundleError, LlmirError, RequestError, TargetError
+from llmir_iree.params.memory import read_ahead
 from llmir_iree.scheduling import behind_workers
 from llmir_iree.zones import zone
 
@@ -45,16 +47,13 @@ _MIN_SEQ = 2
 _MIN_TABLE = 2
 
 PREFILL_TOKENS = 512
-"""Most tokens of a prompt that one call takes; a longer prompt runs in pieces."""
+"""Most tokens that one call takes of a prompt if its modules take any number; a longer one runs in pieces."""
 
 # An estimate of what a call needs beside weights and cache: the interpreter with its libraries, some dequantised
 # matrices, and for every token of a piece a few f32 activations of the hidden size and of the (usually 4 times larger)
 # inner size, and the scores of all heads against a whole sequence.
 _BASE_BYTES = 200 << 20
 _ESTIMATE_HIDDENS = 16
-
-# What IREE's bindings raise for a failed status.
-_IREE_ERRORS = (RuntimeError, ValueError, IndexError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,13 @@ class StepResult:
     """
 
     def __init__(
-        self, device: rt.HalDevice, logits: rt.HalBufferView, next_token: rt.HalBufferView, seconds: float
+        self,
+        read: Callable[[rt.HalBufferView], npt.NDArray[Any]],
+        logits: rt.HalBufferView,
+        next_token: rt.HalBufferView,
+        seconds: float,
     ) -> None:
-        self._device = device
+        self._read = read
         self._views = (logits, next_token)
         self.seconds = seconds
 
@@ -108,11 +111,11 @@ class StepResult:
 
     @cached_property
     def _logits(self) -> npt.NDArray[np.float32]:
-        return _to_host(self._device, self._views[0])
+        return self._read(self._views[0])
 
     @cached_property
     def _next_token(self) -> IntArray:
-        return _to_host(self._device, self._views[1])
+        return self._read(self._views[1])
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Session:
 
         Args:
             bundle: what to run.
-            target: name of a compiled target; may be left out if there is one only.
+            target: name of a compiled target; may be left out if there is one only, or only one for the device.
             device: an IREE device URI such as "local-task" or "cuda://0"; the target's driver if left out.
             pages: pages of the cache, the padding page included; enough for one sequence of `max_seq_len` if left out.
             max_seq_len: most tokens a sequence may hold; the model's if left out.
@@ -187,20 +190,19 @@ class Session:
         start = time.perf_counter()
         manifest = bundle.manifest
         self.bundle = bundle
-        self.target = bundle.target(target)
-        self.device_uri = device or self.target.driver
+        self.target, self.device_uri = choose_target(bundle, target, device)
         self.max_seq_len = _checked_seq_len(max_seq_len, manifest.model.max_seq_len)
         if pages is None:
             pages = 1 + manifest.cache.pages_for(self.max_seq_len)
         self.pool = PagePool(pages, manifest.cache.page_size)
 
-        files = {phase: bundle.checked_module(self.target, phase) for phase in PHASES}
+        files = {phase: bundle.checked_module(self.target, phase) for phase in self.target.phases}
         archive = bundle.checked_parameters()
         self.memory_plan = self._plan_memory()
-        if self.device_uri.startswith("local"):  # Elsewhere weights and cache lie in the device's own memory.
+        if self._is_local:  # Elsewhere weights and cache lie in the device's own memory.
             self.memory_plan.check(available_memory())
 
-        self._device = _open_device(self.device_uri)
+        self._device = open_device(self.device_uri)
         self._load(archive, files)
         self._cache = self._allocate_cache()
         self.load_seconds = time.perf_counter() - start
@@ -208,18 +210,20 @@ class Session:
     def prefill(self, rows: Rows[Row]) -> list[RowResult]:
         """Run the new tokens of each row, one row after another: prompts differ in length, and padding costs time.
 
-        A long prompt runs in pieces of PREFILL_TOKENS, which bounds the scores that a call holds in memory.
+        A long prompt runs in pieces of `prefill_tokens`: of a size that the modules have, padding included, or of one
+        that bounds the scores that a call holds in memory.
 
         Raises:
             RequestError: out of pages, or a sequence would grow beyond `max_seq_len`.
         """
-        batch_size = self.bundle.manifest.batch_sizes("prefill")[0]
+        phase, most = self.target.prefill_phase, self.prefill_tokens
+        batch_size = self.bundle.manifest.batch_sizes(phase)[0]
         results = []
         for row in rows:
             self._reserve(row.sequence, len(row.sequence) + len(row.tokens))
-            for start in range(0, len(row.tokens), PREFILL_TOKENS):
-                piece = Row(row.sequence, row.tokens[start : start + PREFILL_TOKENS])
-                [result] = self._step("prefill", batch_size, [piece])
+            for start in range(0, len(row.tokens), most):
+                piece = Row(row.sequence, row.tokens[start : start + most])
+                [result] = self._step(phase, batch_size, [piece])
             results.append(result)
         return results
 
@@ -250,7 +254,8 @@ class Session:
 
         # No wider than needed, however many pages are reserved: a module may look at every entry of its table.
         entries = max(_MIN_TABLE, self.pool.pages_for(max(lengths_after)))
-        seq = 1 if phase == "decode" else max(_MIN_SEQ, *(len(row.tokens) for row in rows))
+        columns = self._columns(phase, batch_size)
+        seq = max(_MIN_SEQ, *(len(row.tokens) for row in rows)) if columns is None else columns
         tokens = np.zeros((batch_size, seq), np.int32)
         starts = np.zeros(batch_size, np.int32)
         lengths = np.zeros(batch_size, np.int32)
@@ -282,7 +287,7 @@ class Session:
             phase: which module.
             batch_size: one that the bundle was exported for.
             tokens: i32 [batch, seq], right-aligned: row b's new tokens are its last `lengths[b]` columns. `seq` is 1 in
-                a decode, at least 2 in a prefill.
+                a decode, at least 2 in a prefill, and in a chunk of one what the function takes.
             starts: i32 [batch], tokens that the cache holds already.
             lengths: i32 [batch], new tokens; 0 makes the row idle.
             page_table: i32 [batch, entries], entry i names the page of positions i * page_size and on. At least 2
@@ -305,16 +310,16 @@ class Session:
         try:
             with behind_workers(), zone(function.name):
                 self._context.invoke(function, arguments, results)
-        except _IREE_ERRORS as error:
-            raise LlmirError(f"{phase} for batch size {batch_size} failed: {_first_line(error)}") from None
+        except IREE_ERRORS as error:
+            raise LlmirError(f"{phase} for batch size {batch_size} failed: {first_line(error)}") from None
         logits, next_token, cache = (results.get_as_object(index, rt.HalBufferView) for index in range(3))
         # A view of the same buffer, as the modules update it in place.
         self._cache = cache
-        return StepResult(self._device, logits, next_token, time.perf_counter() - start)
+        return StepResult(self._read, logits, next_token, time.perf_counter() - start)
 
     def read_cache(self) -> npt.NDArray[np.generic]:
         """Copy of the whole cache: [pages, layers, 2, kv_heads, page_size, head_dim]; meant for tests."""
-        return _to_host(self._device, self._cache).copy()
+        return self._read(self._cache)
 
     def write_cache(self, values: npt.NDArray[np.generic]) -> None:
         """Replace the whole cache; meant for tests.
@@ -333,6 +338,20 @@ class Session:
         self._cache = self._upload(values, _ELEMENT_TYPES[cache.dtype])
 
     @property
+    def prefill_tokens(self) -> int:
+        """Most tokens of a prompt that one call takes."""
+        phase = self.target.prefill_phase
+        return self._columns(phase, self.bundle.manifest.batch_sizes(phase)[0]) or PREFILL_TOKENS
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether the device is the CPU, whose memory is the program's own."""
+        return driver_of(self.device_uri).startswith("local")
+
+    def _read(self, view: rt.HalBufferView) -> npt.NDArray[Any]:
+        return to_host(self._device, self.device_uri, view)
+
+    @property
     def _cache_shape(self) -> tuple[int, ...]:
         return (self.pool.pages, *self.bundle.manifest.cache.page_shape)
 
@@ -346,7 +365,7 @@ class Session:
         manifest = self.bundle.manifest
         model = manifest.model
         token = model.hidden_size * _ESTIMATE_HIDDENS + 2 * model.heads * self.max_seq_len
-        activations = min(self.max_seq_len, PREFILL_TOKENS) * token
+        activations = min(self.max_seq_len, self.prefill_tokens) * token
         logits = max(manifest.batch_sizes("decode")) * manifest.model.vocab_size
         return MemoryPlan(
             weights=manifest.parameters.nbytes,
@@ -359,23 +378,26 @@ class Session:
         instance = rt.VmInstance()
         index = rt.ParameterIndex()
         try:
+            read_ahead(archive)
             index.load(str(archive), mmap=True)
-        except _IREE_ERRORS as error:
-            raise BundleError(f"{archive}: not a parameter archive: {_first_line(error)}") from None
+        except (OSError, *IREE_ERRORS) as error:
+            raise BundleError(f"{archive}: not a parameter archive: {first_line(error)}") from None
         provider = index.create_provider(scope=PARAMETER_SCOPE)
         modules = {phase: _map_module(instance, file) for phase, file in files.items()}
         self._functions = self._find_functions(modules)
         shared = [rt.create_hal_module(instance, self._device), rt.create_io_parameters_module(instance, provider)]
         try:
             self._context = rt.VmContext(instance, [*shared, *modules.values()])
-        except _IREE_ERRORS as error:
+        except IREE_ERRORS as error:
             raise TargetError(
-                f"the modules for {self.target.target} do not load on {self.device_uri}: {_first_line(error)}"
+                f"the modules for {self.target.target} do not load on {self.device_uri}: {first_line(error)}"
             ) from None
 
     def _find_functions(self, modules: dict[Phase, rt.VmModule]) -> dict[tuple[Phase, int], rt.VmFunction]:
         functions = {}
         for info in self.bundle.manifest.functions:
+            if info.phase not in modules:
+                continue
             module = modules[info.phase]
             name = info.name.rpartition(".")[2]
             if name not in module.function_names:
@@ -385,8 +407,15 @@ class Session:
             functions[info.phase, info.batch_size] = module.lookup_function(name)
         return functions
 
+    def _columns(self, phase: Phase, batch_size: int) -> int | None:
+        """New tokens of a row that a function takes, padding included; None for any number."""
+        return 1 if phase == "decode" else self.bundle.manifest.function(phase, batch_size).columns
+
     def _function(self, phase: Phase, batch_size: int) -> rt.VmFunction:
         self.bundle.manifest.function(phase, batch_size)
+        if phase not in self.target.modules:
+            known = ", ".join(self.target.modules)
+            raise BundleError(f"the modules for {self.target.target} have no {phase}; they have {known}")
         function: rt.VmFunction = self._functions[phase, batch_size]
         return function
 
@@ -398,8 +427,9 @@ class Session:
                 raise RequestError(f"{phase}: {name} is {array.dtype.name} {array.shape}, expected int32 {shape}")
         tokens, starts, lengths, page_table = inputs.values()
         seq, entries = tokens.shape[1], page_table.shape[1]
-        if (seq != 1) if phase == "decode" else (seq < _MIN_SEQ):
-            expected = "1" if phase == "decode" else f"at least {_MIN_SEQ}"
+        columns = self._columns(phase, batch_size)
+        if seq < _MIN_SEQ if columns is None else seq != columns:
+            expected = f"at least {_MIN_SEQ}" if columns is None else columns
             raise RequestError(f"{phase}: tokens has {seq} columns, expected {expected}")
         if entries < _MIN_TABLE:
             raise RequestError(f"{phase}: page_table has {entries} entries a row, expected at least {_MIN_TABLE}")
@@ -420,7 +450,7 @@ class Session:
     ) -> rt.HalBufferView:
         """A device copy of an array."""
         contiguous = np.ascontiguousarray(array)
-        usage = _MAPPED_USAGE if self.device_uri.startswith("local") else _USAGE
+        usage = _MAPPED_USAGE if self._is_local else _USAGE
         buffer = self._device.allocator.allocate_buffer_copy(
             memory_type=_DEVICE_LOCAL,
             allowed_usage=usage,
@@ -439,7 +469,7 @@ class Session:
         cache = self.bundle.manifest.cache
         element_type = _ELEMENT_TYPES[cache.dtype]
         nbytes = self.pool.pages * cache.page_bytes
-        if self.device_uri.startswith("local"):
+        if self._is_local:
             # Owned here: the runtime borrows the memory, and a view of it does not keep it.
             self._cache_memory = mmap.mmap(-1, nbytes)
             buffer = self._device.allocator.import_host_allocation(
@@ -459,22 +489,6 @@ def _checked_seq_len(asked: int | None, longest: int) -> int:
     return asked
 
 
-def _open_device(uri: str) -> rt.HalDevice:
-    """Open a device.
-
-    Raises:
-        TargetError: this runtime has no such driver, or the driver no such device.
-    """
-    driver = uri.partition(":")[0]
-    drivers = sorted(rt.query_available_drivers())
-    if driver not in drivers:
-        raise TargetError(f"device {uri!r}: this runtime has no driver {driver!r}; it has {', '.join(drivers)}")
-    try:
-        return rt.get_device(uri)
-    except _IREE_ERRORS as error:
-        raise TargetError(f"device {uri!r} cannot be opened: {_first_line(error)}") from None
-
-
 def _map_module(instance: rt.VmInstance, file: Path) -> rt.VmModule:
     """Map a compiled module.
 
@@ -487,23 +501,8 @@ def _map_module(instance: rt.VmInstance, file: Path) -> rt.VmModule:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return rt.VmModule.wrap_buffer(instance, mapped)
-    except _IREE_ERRORS as error:
-        raise BundleError(f"{file}: not a compiled module: {_first_line(error)}") from None
-
-
-def _to_host(device: rt.HalDevice, view: rt.HalBufferView) -> npt.NDArray[Any]:
-    """Values of a view, mapped where the device's memory can be, copied elsewhere.
-
-    Always through a new `DeviceArray`: it keeps what it read once, and a buffer written in place makes that stale.
-    """
-    array: npt.NDArray[Any] = rt.DeviceArray(device, view).to_host()
-    return array
-
-
-def _first_line(error: Exception) -> str:
-    with suppress(IndexError):
-        return str(error).splitlines()[0]
-    return type(error).__name__
+    except IREE_ERRORS as error:
+        raise BundleError(f"{file}: not a compiled module: {first_line(error)}") from None
 
 
 def _mib(nbytes: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,24 +14,33 @@ from llmir_iree.compile import compile_mlir
 from llmir_iree.machine import cpu_count, cpu_name
 from llmir_iree.params.errors import BundleError, CompileError
 from llmir_iree.params.formats import FORMATS
-from llmir_iree.params.layouts import has_tile16
+from llmir_iree.params.layouts import GROUP, has_tile16
+from llmir_iree.plugins.gpu.templates import named_kernels
 from llmir_iree.plugins.kernels import definitions
 from llmir_iree.plugins.kernels.executables import Kernel
 from llmir_iree.plugins.lowering import Preference
 from llmir_iree.plugins.pipeline import lower
 from llmir_iree.plugins.seam import IMPLEMENTATIONS
 from llmir_iree.targets import resolve_target
-from llmir_iree.tracing.capture import MachineInfo
+from llmir_iree.tracing.capture import PASSES_NAME, MachineInfo
+from llmir_iree.tracing.ir_dump import pack_tree
 from llmir_iree.tracing.op_costs import Kernel as TracedKernel
 
-_CACHE_ITEM_BYTES = {"f16": 2, "bf16": 2}
-_EXECUTABLE_FOLDERS = ("flow_executable_", "stream_executable_", "hal_executable_")
+_CACHE_ITEM_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+_CPU_CACHE_DTYPES = ("f16", "bf16")
+
+# Of each template of GPU kernels: what a dispatch of it does, and what it is passed.
+_GPU_KERNELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "append_kv": ("append_kv", ("pages", "seq", "entries", "layer")),
+    "decode_attention": ("paged_attention", ("pages", "entries", "layer", "splits")),
+    "prefill_attention": ("paged_attention", ("pages", "seq", "entries", "layer")),
+    "merge_attention": ("merge_attention", ("splits",)),
+    "multiply_few": ("quantized_matmul", ()),
+    "multiply_many": ("quantized_matmul", ("rows",)),
+}
 
 # What IREE's backends put beside module.fb: ELF files, PTX, code objects of AMD, SPIR-V.
 _BINARY_SUFFIXES = (".so", ".ptx", ".hsaco", ".spv")
-
-# Dumps of whole modules repeat all of a model's ops after every pass; those of single executables are kept always.
-_MODULE_DUMP_BYTES = 32 << 20
 
 _PHASE_FLAGS = ("--mlir-print-debuginfo", "--mlir-elide-resource-strings-if-larger=64")
 
@@ -49,23 +57,32 @@ class CompiledIr:
     """The IR of a module that can be compiled again: an `IrSource` of `llmir_iree.tracing.record`."""
 
     def __init__(
-        self, module: Callable[[], LoweredModule], vmfb: Path, kernels: Mapping[str, TracedKernel] | None = None
+        self,
+        module: Callable[[], LoweredModule],
+        vmfb: Path,
+        kernels: Callable[[], Mapping[str, TracedKernel]] = dict,
     ) -> None:
         """Know what to compile, not before it is asked for.
 
         Args:
             module: gives the text and the flags.
             vmfb: the module that is run.
-            kernels: those in it, by the symbol of their executable.
+            kernels: gives those in it, by the symbol of their executable, once it is lowered.
         """
         self._lower = module
         self._vmfb = vmfb
-        self.kernels = kernels or {}
+        self._kernels = kernels
 
     @cached_property
     def module(self) -> LoweredModule:
         """The text and the flags; raises as `lower_again` does."""
         return self._lower()
+
+    @cached_property
+    def kernels(self) -> Mapping[str, TracedKernel]:
+        """The kernels in it, by the symbol of their executable; raises as `lower_again` does."""
+        assert self.module
+        return self._kernels()
 
     @property
     def portable(self) -> str:
@@ -76,9 +93,9 @@ class CompiledIr:
         """The module at stream level, with locations that point into `portable`."""
         return compile_stream(self.module)
 
-    def write(self, folder: Path) -> dict[str, str]:
+    def write(self, folder: Path) -> None:
         """Fill the folder `ir` of a capture, see `write_ir`."""
-        return write_ir(self.module, folder, self._vmfb)
+        write_ir(self.module, folder, self._vmfb)
 
 
 def lower_again(bundle: Bundle, target: TargetInfo, phase: Phase) -> LoweredModule:
@@ -94,19 +111,18 @@ def lower_again(bundle: Bundle, target: TargetInfo, phase: Phase) -> LoweredModu
         raise BundleError(f"{source}: missing, or not the module that {info.file} was compiled from")
     chosen = {name for names in info.implementations.values() for name in names}
     kernels = {choice.name for choices in IMPLEMENTATIONS.values() for choice in choices if not choice.is_portable}
-    preference: Preference = "best" if chosen & kernels else "portable"
-    lowered = lower(
-        source.read_text(encoding="utf-8"),
-        replace(resolve_target(target.target), flags=info.flags),
-        preference,
-        merged=bundle.manifest.parameters.merged,
-        passes=info.passes,
-    )
-    if lowered.implementations != info.implementations:
-        raise CompileError(
-            f"{source}: this version lowers it another way than {info.file} was; run llmir-compile again"
+    preferences: tuple[Preference, ...] = ("best", "kernels", "formulations") if chosen & kernels else ("portable",)
+    for preference in preferences:
+        lowered = lower(
+            source.read_text(encoding="utf-8"),
+            replace(resolve_target(target.target), flags=info.flags),
+            preference,
+            merged=bundle.manifest.parameters.merged,
+            passes=info.passes,
         )
-    return LoweredModule(lowered.text, info.flags)
+        if lowered.implementations == info.implementations:
+            return LoweredModule(lowered.text, info.flags)
+    raise CompileError(f"{source}: this version lowers it another way than {info.file} was; run llmir-compile again")
 
 
 def compile_stream(module: LoweredModule) -> str:
@@ -121,7 +137,7 @@ def compile_stream(module: LoweredModule) -> str:
         return output.read_text(encoding="utf-8")
 
 
-def write_ir(module: LoweredModule, folder: Path, vmfb: Path) -> dict[str, str]:
+def write_ir(module: LoweredModule, folder: Path, vmfb: Path) -> None:
     """Compile a module once more, and fill the folder `ir` of a capture.
 
     Args:
@@ -129,17 +145,16 @@ def write_ir(module: LoweredModule, folder: Path, vmfb: Path) -> dict[str, str]:
         folder: to be filled; the head of `llmir_iree.tracing.capture` says with what.
         vmfb: the module that was run; its machine code is taken out of it.
 
-    Returns:
-        What was left out, each with the reason.
-
     Raises:
         CompileError: iree-compile failed.
     """
     folder.mkdir()
     (folder / "portable.mlir").write_text(module.text, encoding="utf-8")
     (folder / "debug.mlir").write_text(_with_locations(module.text), encoding="utf-8")
-    phases, tree, binaries = folder / "phases", folder / "tree", folder / "binaries"
-    with tempfile.TemporaryDirectory() as scratch:
+    phases, binaries = folder / "phases", folder / "binaries"
+    # Not where temporary files go, which may be memory: unpacked, the dumps of a model are gigabytes.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        tree = Path(scratch) / "tree"
         compiled = Path(scratch) / "module.vmfb"
         compile_mlir(module.text, compiled, (*module.flags, *_PHASE_FLAGS, f"--dump-compilation-phases-to={phases}"))
         flags = (
@@ -152,11 +167,11 @@ def write_ir(module: LoweredModule, folder: Path, vmfb: Path) -> dict[str, str]:
             f"--iree-hal-dump-executable-intermediates-to={binaries}",
         )
         compile_mlir(module.text, compiled, (*module.flags, *flags))
+        pack_tree(tree, folder / PASSES_NAME)
     binaries.mkdir(exist_ok=True)
     for bitcode in binaries.glob("*.bc"):  # The same as the .ll beside it.
         bitcode.unlink()
     extract_binaries(vmfb, binaries)
-    return _prune(tree)
 
 
 def extract_binaries(vmfb: Path, folder: Path) -> list[Path]:
@@ -170,8 +185,11 @@ def extract_binaries(vmfb: Path, folder: Path) -> list[Path]:
 
 
 def known_kernels() -> dict[str, TracedKernel]:
-    """The kernels that the plugin injects, by the symbol of their executable."""
-    return {f"{kernel.name}_executable": traced for kernel, traced in _kernels()}
+    """The kernels that the plugin injects, by the symbol of their executable.
+
+    Those for GPUs are made for the sizes of a model: of these, all that were lowered in this process.
+    """
+    return {f"{kernel.name}_executable": traced for kernel, traced in _kernels()} | dict(_gpu_kernels())
 
 
 def describe_machine(parameters: Path | None, *, is_local: bool) -> MachineInfo:
@@ -190,7 +208,7 @@ def describe_machine(parameters: Path | None, *, is_local: bool) -> MachineInfo:
     if meter is None:
         return machine
     return machine.model_copy(
-        update={"bandwidth_bytes_s": meter.bandwidth(parameters), "peak_macs_s": meter.macs()},
+        update={"bandwidth_bytes_s": meter.bandwidth(parameters).best, "peak_macs_s": meter.macs().best},
     )
 
 
@@ -217,8 +235,22 @@ def _kernels() -> Iterator[tuple[Kernel, TracedKernel]]:
         "rope_append_attend": definitions.rope_append_attend_kernel,
     }
     for kind, make in cache_kernels.items():
-        for element in _CACHE_ITEM_BYTES:
+        for element in _CPU_CACHE_DTYPES:
             yield traced(make(element), kind, element)
+
+
+def _gpu_kernels() -> Iterator[tuple[str, TracedKernel]]:
+    for name, values in named_kernels().items():
+        stem, weight_format = str(values["stem"]), values.get("format")
+        kind, constants = _GPU_KERNELS.get(stem.removesuffix(f"_{weight_format}"), ("", ()))
+        if not kind:
+            continue
+        sizes = {key: value for key, value in values.items() if isinstance(value, int)}
+        if weight_format is not None:
+            kind = "quantized_matmul" if FORMATS[str(weight_format)].is_quantized else "matmul"
+            sizes |= {"columns": sizes["out_features"], "depth": sizes["groups"] * GROUP}
+        item_bytes = None if kind == "merge_attention" else _CACHE_ITEM_BYTES.get(str(values.get("element")))
+        yield name, TracedKernel(kind, constants, item_bytes, sizes)
 
 
 def _with_locations(text: str) -> str:
@@ -232,24 +264,3 @@ def _with_locations(text: str) -> str:
             raise CompileError(f"the module cannot be read for its locations: {str(error).splitlines()[0]}") from None
         printed: str = module.operation.get_asm(enable_debug_info=True, large_elements_limit=64)
         return printed
-
-
-def _prune(tree: Path) -> dict[str, str]:
-    """Drop dumps of whole modules and functions where they are large."""
-    dumps = [
-        file
-        for file in tree.rglob("*.mlir")
-        if not any(part.startswith(_EXECUTABLE_FOLDERS) for part in file.relative_to(tree).parts)
-    ]
-    nbytes = sum(file.stat().st_size for file in dumps)
-    if nbytes <= _MODULE_DUMP_BYTES:
-        return {}
-    for file in dumps:
-        file.unlink()
-    for folder in sorted((folder for folder in tree.rglob("*") if folder.is_dir()), reverse=True):
-        if not any(folder.iterdir()):
-            shutil.rmtree(folder)
-    return {
-        "ir of passes over the whole module": f"{nbytes >> 20} MiB, too large to keep: ir/phases has the module after "
-        "each phase, ir/tree each dispatch after each pass"
-    }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from llmir_iree.bundle import MANIFEST_NAME, PHASES, Bundle, Phase
+from llmir_iree.bundle import MANIFEST_NAME, Bundle, Phase, TargetInfo
 from llmir_iree.compile import compile_mlir
 from llmir_iree.params.errors import BundleError, RequestError
 from llmir_iree.targets import resolve_target
@@ -70,6 +70,22 @@ def open_subject(options: SubjectOptions) -> Iterator[Subject]:
         yield _module_subject(options, path)
 
 
+def find_ir(path: Path, target_name: str | None) -> dict[str, CompiledIr]:
+    """Where the IR of a bundle's modules comes from, by phase; nothing is compiled before it is asked for.
+
+    Raises:
+        BundleError: not a bundle, or no such target.
+    """
+    bundle, implied = Bundle.containing(path)
+    target = bundle.target(target_name or implied)
+    return {phase: _module_ir(bundle, target, phase) for phase in target.modules}
+
+
+def _module_ir(bundle: Bundle, target: TargetInfo, phase: Phase) -> CompiledIr:
+    vmfb = bundle.path(target.modules[phase].file)
+    return CompiledIr(partial(lower_again, bundle, target, phase), vmfb, known_kernels)
+
+
 def _is_in_bundle(module: Path) -> bool:
     return (module.resolve().parent.parent / MANIFEST_NAME).is_file()
 
@@ -80,6 +96,8 @@ def _bundle_subject(options: SubjectOptions) -> Subject:
     bundle, target_name = Bundle.containing(options.path)
     target = bundle.target(options.target or target_name)
     phase = options.phase or _phase_of(bundle, options.path) or "decode"
+    if phase == "prefill":
+        phase = target.prefill_phase
     context = options.context if options.context is not None else DEFAULT_CONTEXT if phase == "decode" else 0
     if phase == "decode" and options.tokens not in (None, 1):
         raise RequestError(
@@ -97,7 +115,7 @@ def _bundle_subject(options: SubjectOptions) -> Subject:
         target=target.target,
         flags=target.modules[phase].flags,
         passes=target.modules[phase].passes,
-        ir=CompiledIr(partial(lower_again, bundle, target, phase), workload.module, known_kernels()),
+        ir=_module_ir(bundle, target, phase),
         machine=partial(describe_machine, archive, is_local=workload.is_local),
     )
 
@@ -105,8 +123,8 @@ def _bundle_subject(options: SubjectOptions) -> Subject:
 def _phase_of(bundle: Bundle, module: Path) -> Phase | None:
     """The phase that a `.vmfb` of a bundle is; None for the bundle itself."""
     for target in bundle.manifest.targets.values():
-        for phase in PHASES:
-            if phase in target.modules and bundle.path(target.modules[phase].file).resolve() == module.resolve():
+        for phase, info in target.modules.items():
+            if bundle.path(info.file).resolve() == module.resolve():
                 return phase
     return None
 

@@ -1,5 +1,6 @@
 """Whole models: bundles built once a session, and transformers in float32 on the same dequantised weights."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -8,22 +9,73 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import iree.runtime as rt
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from iree.runtime import system_setup
 
 from llmir_iree.build import BuildOptions, build_bundle
 from llmir_iree.bundle import PARAMETERS_NAME, Bundle
 from llmir_iree.compile import compile_bundle
 from llmir_iree.export.model import load_config
+from llmir_iree.gpu_code import find_ptxas
 from llmir_iree.params.checkpoint import open_checkpoint
+from llmir_iree.params.errors import TargetError
 from llmir_iree.params.quantize import dequantize, quantize
 from llmir_iree.targets import resolve_target
+from tests.sharing import shared_folder
 
 BUNDLE_VARIABLE = "LLMIR_TEST_BUNDLE"
 
+# Whose tests run.
+_file: Path | None = None
+
 Reference = Callable[[Sequence[Sequence[int]]], npt.NDArray[np.float32]]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Close the Vulkan devices that another file's tests opened: while IREE holds one of lavapipe, its threads spin.
+
+    That is before all fixtures, of which some take long; and not when the other tests end, as the last of them is kept
+    until then.
+    """
+    global _file
+    if item.path == _file:
+        return
+    _file = item.path
+    opened = [uri for uri in system_setup._GLOBAL_DEVICES_BY_URI if uri.startswith("vulkan")]
+    for uri in opened:
+        del system_setup._GLOBAL_DEVICES_BY_URI[uri]
+    if opened:
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def ptxas() -> str:
+    """The assembler that says what registers a kernel for NVIDIA's GPUs takes."""
+    try:
+        return find_ptxas()
+    except TargetError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def lavapipe() -> str:
+    """URI of Mesa's Vulkan on the CPU, on which modules for GPUs run where there is none."""
+    reason = "no llvmpipe among the Vulkan devices: apt-get install mesa-vulkan-drivers libvulkan1"
+    if "vulkan" not in rt.query_available_drivers():
+        pytest.skip("this build of IREE's runtime has no Vulkan driver; the wheel for Linux has one")
+    try:
+        devices = rt.get_driver("vulkan").query_available_devices()
+    except RuntimeError:
+        pytest.skip(reason)
+    paths = [device["path"] for device in devices if "llvmpipe" in device["name"]]
+    if not paths:
+        pytest.skip(reason)
+    return f"vulkan://{paths[0]}"
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +92,10 @@ def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
     """SmolLM2 exported and compiled for this CPU; LLMIR_TEST_BUNDLE may name one that is built already."""
     if BUNDLE_VARIABLE in os.environ:
         return Bundle.open(os.environ[BUNDLE_VARIABLE])
-    output = tmp_path_factory.mktemp("bundles") / "smollm2"
-    return build_bundle(BuildOptions(str(smollm2_gguf), output, targets=(resolve_target("llvm-cpu"),)))
+    with shared_folder(tmp_path_factory, "smollm2") as (folder, is_filled):
+        if is_filled:
+            return Bundle.open(folder / "bundle")
+        return build_bundle(BuildOptions(str(smollm2_gguf), folder / "bundle", targets=(resolve_target("llvm-cpu"),)))
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,17 @@ def test_custom_op_module_agrees_with_torch(tmp_path: Path) -> None:
     assert float(difference[1]) < 1e-4
 
 
+def test_match_torch_model_agrees_with_torch(tmp_path: Path) -> None:
+    output = run("match_torch_model.py", tmp_path)
+    assert (
+        "quantize_activations: 2 by cpu-kernels\nmultiply: 2 by cpu-kernels\npaged_attention: 1 by cpu-kernels"
+        in output
+    )
+    difference = re.search(r"largest difference from torch: (\S+) of", output)
+    assert difference, output
+    assert float(difference[1]) < 0.02
+
+
 @pytest.mark.parametrize("sample", ON_A_BUNDLE)
 def test_samples_on_a_bundle(sample: str, smollm2_bundle: Bundle, tmp_path: Path) -> None:
     arguments, expected = ON_A_BUNDLE[sample]
@@ -46,6 +57,6 @@ def test_samples_on_a_bundle(sample: str, smollm2_bundle: Bundle, tmp_path: Path
 
 def test_every_program_is_run_and_is_in_the_readme() -> None:
     programs = {path.name for path in SAMPLES.glob("*.py")}
-    assert programs == {*ON_A_BUNDLE, "custom_op_module.py"}
+    assert programs == {*ON_A_BUNDLE, "custom_op_module.py", "match_torch_model.py"}
     listed = re.findall(r"^\| `(\w+\.py)", (SAMPLES / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert programs == set(listed)

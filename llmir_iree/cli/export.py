@@ -13,6 +13,7 @@ from llmir_iree.cli.progress import BuildProgress, show_flags
 
 QUANT_CHOICES = ("keep", "q4_0", "q8_0", "f16", "bf16")
 CACHE_DTYPES = ("f16", "bf16", "f32")
+CHUNK_SIZES = ("64", "128")
 
 
 class IntList(click.ParamType[tuple[int, ...]]):
@@ -47,6 +48,12 @@ class IntList(click.ParamType[tuple[int, ...]]):
 @click.option("--page-size", type=click.IntRange(min=1), default=32, help="Tokens a page of the cache holds.")
 @click.option("--max-seq-len", type=int, help="Longest sequence.  [default: the model's, at most 8192]")
 @click.option("--kv-dtype", type=click.Choice(CACHE_DTYPES), default="f16", help="Dtype of the cache.")
+@click.option(
+    "--prefill-chunk",
+    type=click.Choice(CHUNK_SIZES),
+    default="128",
+    help="Tokens that a prefill on a GPU takes at once.",
+)
 @click.option("--no-compile", is_flag=True, help="Write the portable modules only.")
 @compile_options
 def main(
@@ -59,6 +66,7 @@ def main(
     page_size: int,
     max_seq_len: int | None,
     kv_dtype: Any,
+    prefill_chunk: str,
     targets: tuple[str, ...],
     no_compile: bool,
     implementations: Any,
@@ -89,6 +97,7 @@ def main(
             page_size=page_size,
             max_seq_len=max_seq_len,
             cache_dtype=kv_dtype,
+            chunk_tokens=int(prefill_chunk),
             targets=resolved,
             implementations=implementations,
             passes=passes,

@@ -30,7 +30,9 @@ _COMPILE_OPTIONS = (
         "--implementations",
         type=click.Choice(get_args(Preference)),
         default="best",
-        help="What stands in for the model's ops: kernels where they exist (8-bit activations), or what runs anywhere.",
+        help="What stands in for the model's ops: the fastest (8-bit activations on CPUs, 16-bit ones where a GPU "
+        "multiplies matrices), kernels of our own alone, what GPU compilers make of forms before kernels, or what runs "
+        "anywhere.",
     ),
     click.option(
         "--passes",
@@ -42,7 +44,7 @@ _COMPILE_OPTIONS = (
     ),
     click.option("-v", "--verbose", is_flag=True, help="Print the flags given to iree-compile."),
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
-    click.option("--json", "as_json", is_flag=True, help="Print the manifest to stdout."),
+    click.option("--json", "as_json", is_flag=True, help="Print the manifest, or what became of a module, to stdout."),
 )
 
 

@@ -14,6 +14,7 @@ _COMMANDS = {
     "ir": ("llmir_iree.cli.trace_ir", "Show what each pass made of a dispatch."),
     "ir-diff": ("llmir_iree.cli.trace_ir_diff", "Find the first pass at which two compilations part."),
     "bench": ("llmir_iree.cli.trace_bench", "Run one dispatch alone, as it was recorded."),
+    "overhead": ("llmir_iree.cli.trace_overhead", "Measure what recording adds to a call."),
 }
 
 

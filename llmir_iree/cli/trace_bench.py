@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.trace_options import TRACE_CONTEXT, json_option
 
 
-@click.command("bench", cls=LlmirCommand, context_settings={"max_content_width": 100})
+@click.command("bench", cls=LlmirCommand, context_settings=TRACE_CONTEXT)
 @click.argument("capture", type=click.Path(path_type=Path))
 @click.argument("dispatch")
 @click.option(
@@ -24,7 +25,7 @@ from llmir_iree.cli.common import LlmirCommand
     "--min-time", type=float, default=0.2, show_default=True, metavar="S", help="Least seconds of each repetition."
 )
 @click.option("--timeout", type=float, default=120.0, show_default=True, metavar="S", help="Seconds until it is ended.")
-@click.option("--json", "is_json", is_flag=True, help="Write the result as JSON.")
+@json_option
 def main(
     capture: Path,
     dispatch: str,
@@ -32,9 +33,11 @@ def main(
     repetitions: int,
     min_time: float,
     timeout: float,
-    is_json: bool,
+    as_json: bool,
 ) -> None:
     """Run DISPATCH of CAPTURE alone, with the recorded machine code and workgroups.
+
+    Workgroups that differ from what the export declares in the capture's IR are refused.
 
     DISPATCH is the number of a site, the name of an export, or a pattern such as '*matmul*'. Its buffers hold zeros and
     stay in the caches: one that waits for memory is faster alone, and so is one whose work depends on what it reads.
@@ -45,7 +48,7 @@ def main(
     options = BenchOptions(module, repetitions, min_time, timeout)
     found = bench_dispatch(Capture.open(capture), dispatch, options)
     setup = found.setup
-    if is_json:
+    if as_json:
         row = {
             "function": setup.place.function,
             "site": setup.place.site,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.trace_options import TRACE_CONTEXT, file_option, json_option, row_options, write_page
 from llmir_iree.params.errors import RequestError
 
 if TYPE_CHECKING:  # Imported when the command runs, so that --help is instant.
@@ -19,11 +21,15 @@ if TYPE_CHECKING:  # Imported when the command runs, so that --help is instant.
     from llmir_iree.tracing.explain import Explanation
 
 EXIT_SLOWER = 1
+_GROUPINGS = ("dispatch", "site", "kind", "layer")
+
+# Between two details, not between the numbers of one.
+_DETAIL = re.compile(r", (?=[a-z])")
 
 _HEADINGS = ("A us", "B us", "change", "95%", "floor", "share")
 
 
-@click.command("diff", cls=LlmirCommand, context_settings={"max_content_width": 100})
+@click.command("diff", cls=LlmirCommand, context_settings=TRACE_CONTEXT)
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option(
@@ -35,21 +41,9 @@ _HEADINGS = ("A us", "B us", "change", "95%", "floor", "share")
 @click.option(
     "--explain", "is_explained", is_flag=True, help="Find the first compiler pass at which each change parts."
 )
-@click.option(
-    "--by",
-    type=click.Choice(["dispatch", "site", "kind", "layer"]),
-    default="dispatch",
-    show_default=True,
-    help="What a row is: all places of one export and shape, one place, all of one kind, or one layer of the model.",
-)
-@click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="Rows to show.")
-@click.option("--json", "is_json", is_flag=True, help="Write everything as JSON.")
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write a page, with explanations where both captures hold IR.",
-)
+@row_options(_GROUPINGS, top=20)
+@json_option
+@file_option("--html", "Also write a page, with explanations where both captures hold IR.")
 def main(
     a: Path,
     b: Path,
@@ -57,42 +51,39 @@ def main(
     is_explained: bool,
     by: str,
     top: int,
-    is_json: bool,
+    as_json: bool,
     html: Path | None,
 ) -> None:
     """Compare the captures A and B, both of llmir-trace record.
 
-    Times are those of one call, in microseconds. A change is called, and marked with *, only if processes of the same
-    side differ less: record at least three of each, best in turns. Where most dispatches moved alike, that is taken for
-    the machine's doing, and taken out.
+    Times are means of the fastest quarter of each process, calls that nothing disturbs, in microseconds. A change is
+    called, and marked with *, only if processes of the same side differ less: record at least three of each, better
+    ten, and in turns, with record --against. Where most dispatches moved alike, that is taken for the machine's doing,
+    and taken out; it is called a change only if the processes took turns.
     """
     from llmir_iree.tracing.capture import Capture
     from llmir_iree.tracing.diff import compare_captures
 
+    if top < 1:
+        raise RequestError(f"--top {top}: expected 1 or more")
     captures = Capture.open(a), Capture.open(b)
     diff = compare_captures(*captures, by)  # type: ignore[arg-type]  # click has checked it.
     explanations: list[Explanation] = []
-    if is_explained or (html is not None and all((capture.ir / "tree").is_dir() for capture in captures)):
+    if is_explained or (html is not None and all(capture.has_passes for capture in captures)):
         from llmir_iree.tracing.explain import add_details, explain
 
         explanations = explain(diff, *captures)
         diff = add_details(diff, explanations)
     if html is not None:
-        _write_page(diff, explanations, html)
+        from llmir_iree.tracing.views.diff_page import diff_page
+
+        write_page(html, diff_page(diff, explanations))
     if not is_explained:
         explanations = []
-    text = _json(diff, explanations) if is_json else "\n".join(_lines(diff, explanations, top))
+    text = _json(diff, explanations) if as_json else "\n".join(_lines(diff, explanations, top))
     click.echo(text)
     if fail_if_slower is not None:
         _fail_if_slower(diff, fail_if_slower)
-
-
-def _write_page(diff: CaptureDiff, explanations: list[Explanation], output: Path) -> None:
-    from llmir_iree.tracing.views.diff_page import diff_page
-    from llmir_iree.tracing.views.output import replace_file
-
-    replace_file(output, diff_page(diff, explanations).encode())
-    click.echo(f"{output}: opens in a browser", err=True)
 
 
 def _fail_if_slower(diff: CaptureDiff, percent: float) -> None:
@@ -131,15 +122,21 @@ def _table(function: FunctionDiff, top: int) -> Iterator[str]:
         a, b = (sum(side or 0.0 for side in sides) for sides in zip(*((r.a_ns, r.b_ns) for r in others), strict=True))
         cells.append((_us(a), _us(b), *_change_cells(None, None), f"{len(others)} more"))
     widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADINGS))]
+    indent = " " * (sum(widths) + len(widths) + len("* "))
     for row in cells:
         numbers = (cell.rjust(width) for cell, width in zip(row, widths, strict=False))
-        yield " ".join((*numbers, row[-2].ljust(1), row[-1])).rstrip()
+        label, *details = row[-1].splitlines()
+        yield " ".join((*numbers, row[-2].ljust(1), label)).rstrip()
+        yield from (f"{indent}  {detail}" for detail in details)
     if function.drift is not None:
-        yield f"Everything moved alike by {function.drift - 1:+.1%}, which is taken out of changes and shares."
+        where = "rows' changes, not of the call's" if function.took_turns else "changes and shares"
+        yield f"Everything moved alike by {function.drift - 1:+.1%}, which is taken out of {where}."
+    if function.uniform is not None:
+        yield f"Most dispatches moved alike by {function.uniform - 1:+.1%}, which is a change: it is in all rows."
 
 
 def _row_cells(row: DiffRow) -> tuple[str, ...]:
-    label = f"{row.label} ({row.detail})" if row.detail else row.label
+    label = "\n".join((row.label, *_DETAIL.split(row.detail))) if row.detail else row.label
     if row.side == "both":
         return (_us(row.a_ns), _us(row.b_ns), *_change_cells(row.change, row.share), label)
     share = _change_cells(None, row.share)[3]
@@ -177,7 +174,9 @@ def _function_json(function: FunctionDiff) -> dict[str, Any]:
         "processes": function.processes,
         "a_ns": function.a_ns,
         "b_ns": function.b_ns,
+        "took_turns": function.took_turns,
         "drift": function.drift,
+        "uniform": function.uniform,
         "change": _change_json(function.change),
         "rows": [
             {

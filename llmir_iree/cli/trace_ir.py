@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.trace_options import TRACE_CONTEXT, json_option
 from llmir_iree.cli.trace_text import show_code, show_columns, show_diff
 
 if TYPE_CHECKING:
@@ -17,15 +18,21 @@ if TYPE_CHECKING:
 STAGES = ("mlir", "llvm", "asm")
 
 
-@click.command(cls=LlmirCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(cls=LlmirCommand, context_settings=TRACE_CONTEXT)
 @click.argument("source", metavar="X", type=click.Path(path_type=Path))
 @click.argument("dispatch", required=False)
 @click.option(
     "--pass", "pass_name", metavar="NAME", help="The IR after this pass, each time it ran; or the number of a step."
 )
 @click.option("--diff", "is_diff", is_flag=True, help="What a pass changed; without --pass, what each of them did.")
-@click.option("--stage", type=click.Choice(STAGES), default="mlir", help="Passes, or what LLVM made of the result.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--stage",
+    type=click.Choice(STAGES),
+    default="mlir",
+    show_default=True,
+    help="Passes, or what LLVM made of the result.",
+)
+@json_option
 def main(source: Path, dispatch: str | None, pass_name: str | None, is_diff: bool, stage: str, as_json: bool) -> None:
     """Show the passes that changed DISPATCH, or the IR after one of them.
 
@@ -144,14 +151,17 @@ def _show_machine_code(source: Path, dispatch: str, stage: str, as_json: bool) -
     from llmir_iree.tracing.capture import CaptureError
     from llmir_iree.tracing.machine_code import code_folder, find_assembly, find_llvm
 
+    # Machine code may lie there without IR; it goes by the full name then.
+    name = dispatch
+    names: tuple[str, ...] = (dispatch,)
     try:
-        history = _open(source).find(dispatch)
-        names, name = history.exports or (history.executable,), history.name
+        dump = _open(source)
     except CaptureError:
         if not source.is_dir():
             raise
-        # Machine code may lie there without IR; it goes by the full name.
-        names, name = (dispatch,), dispatch
+    else:
+        history = dump.find(dispatch)
+        name, names = history.name, history.exports or (history.executable,)
     text = (find_llvm if stage == "llvm" else find_assembly)(code_folder(source), names)
     if as_json:
         click.echo(json.dumps({"name": name, "stage": stage, "text": text}, indent=2))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.trace_options import TRACE_CONTEXT, json_option
 from llmir_iree.cli.trace_text import show_diff
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from llmir_iree.tracing.ir_history import IrDump, IrHistory
 
 
-@click.command(cls=LlmirCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(cls=LlmirCommand, context_settings=TRACE_CONTEXT)
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.argument("dispatch", required=False)
 @click.option("--dispatch-b", metavar="NAME", help="What DISPATCH is called in B, if it has another name there.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def main(a: Path, b: Path, dispatch: str | None, dispatch_b: str | None, as_json: bool) -> None:
     """Find the first pass at which DISPATCH parts for good, from A to B; without DISPATCH, for all of them.
 
@@ -97,14 +98,13 @@ def _show(found: Divergence | None, made: tuple[str, ...]) -> None:
 
 
 def _show_configs(a: tuple[LoweringConfig, ...], b: tuple[LoweringConfig, ...]) -> None:
-    from itertools import zip_longest
+    from llmir_iree.tracing.ir_configs import pair_configs
 
-    for mine, theirs in zip_longest(a, b):
-        op = (mine or theirs).op
-        if mine == theirs:
-            click.echo(f"{op}\n  A, B  {mine.text}")
+    for op, ours, theirs in pair_configs(a, b):
+        if ours == theirs and ours is not None:
+            click.echo(f"{op}\n  A, B  {ours.text}")
         else:
-            click.echo(f"{op}\n  A  {mine.text if mine else 'nothing'}\n  B  {theirs.text if theirs else 'nothing'}")
+            click.echo(f"{op}\n  A  {ours.text if ours else 'nothing'}\n  B  {theirs.text if theirs else 'nothing'}")
 
 
 def _show_all(a: IrDump, b: IrDump, made: tuple[str, ...], as_json: bool) -> None:

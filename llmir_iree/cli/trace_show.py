@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmir_iree.cli.common import LlmirCommand
+from llmir_iree.cli.trace_options import TRACE_CONTEXT, file_option, json_option, row_options, write_page
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -41,36 +42,20 @@ class Table:
     is_filtered: bool
 
 
-@click.command("show", cls=LlmirCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("show", cls=LlmirCommand, context_settings=TRACE_CONTEXT)
 @click.argument("capture", type=click.Path(path_type=Path), metavar="CAPTURE")
-@click.option(
-    "--by",
-    type=click.Choice(_GROUPINGS),
-    default="dispatch",
-    show_default=True,
-    help="What makes a row: the code that runs and its shape; its kind; the model's layer; the function; or the place "
-    "in the function.",
-)
+@row_options(_GROUPINGS)
 @click.option(
     "--sort", metavar="COLUMN", help="Such as median, share or bandwidth.  [default: total; for layers, layer]"
 )
 @click.option("--filter", "pattern", metavar="GLOB", help="Only rows whose name, kind or weight matches.")
-@click.option("--top", type=int, metavar="N", help="Only the first N rows, and the others as one.")
-@click.option("--json", "as_json", is_flag=True, help="All that is known of the rows, as JSON.")
+@json_option
 @click.option("--csv", "as_csv", is_flag=True, help="The same as CSV.")
 @click.option("--flame", "as_flame", is_flag=True, help="One step as a flame: function, layer, kind, dispatch.")
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write a page instead: a step, its kinds and layers, the roofline, and what each pass made of a dispatch.",
+@file_option(
+    "--html", "Write a page instead: a step, its kinds and layers, the roofline, and what each pass made of a dispatch."
 )
-@click.option(
-    "--perfetto",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write a .pftrace for ui.perfetto.dev instead.",
-)
+@file_option("--perfetto", "Write a .pftrace for ui.perfetto.dev instead.")
 def main(
     capture: Path,
     by: Any,
@@ -99,7 +84,10 @@ def main(
         raise RequestError(f"{' and '.join(chosen)}: choose one")
     opened = Capture.open(capture)
     if html is not None:
-        _write_page(opened, html)
+        from llmir_iree.tracing.views.capture_page import capture_page
+        from llmir_iree.tracing.views.pass_history import capture_histories
+
+        write_page(html, capture_page(opened, capture_histories(opened)))
     if perfetto is not None:
         _write_perfetto(opened, perfetto)
     if as_flame:
@@ -113,16 +101,6 @@ def main(
         rows = top_rows(rows, top)
     render: Callable[[Table], None] = _show_json if as_json else _show_csv if as_csv else _show_text
     render(Table(opened, rows, balance(opened), by, pattern is not None))
-
-
-def _write_page(capture: Capture, output: Path) -> None:
-    from llmir_iree.tracing.views.capture_page import capture_page
-    from llmir_iree.tracing.views.output import replace_file
-    from llmir_iree.tracing.views.pass_history import capture_histories
-
-    page = capture_page(capture, capture_histories(capture)).encode()
-    replace_file(output, page)
-    click.echo(f"{output}: {len(page) / 1e6:.1f} MB, opens in a browser", err=True)
 
 
 def _write_perfetto(capture: Capture, output: Path) -> None:

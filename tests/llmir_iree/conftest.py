@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -18,6 +18,7 @@ from iree.compiler import tools
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llmir_iree import bundle as b
+from llmir_iree.build import BuildOptions, build_bundle
 
 PAGE_SIZE = 4
 MAX_SEQ_LEN = 64
@@ -163,6 +164,14 @@ def write_bundle(folder: Path) -> Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The bundle; tests that change files take `tiny_copy`."""
     return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> b.Bundle:
+    """A model of two layers with random weights of 4 bits, exported for chunks of 64, not compiled; no tokenizer."""
+    source = str(tiny_checkpoint("llama"))
+    output = tmp_path_factory.mktemp("bundles") / "exported"
+    return build_bundle(BuildOptions(source, output, quant="q4_0", batch_sizes=(1, 2), page_size=8, chunk_tokens=64))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 import llmir_iree.peaks
 from llmir_iree import bench
-from llmir_iree.bench import BenchOptions, Peaks, plan_cases, time_tokens
+from llmir_iree.bench import BenchOptions, Moment, Peaks, plan_cases, time_tokens
 from llmir_iree.bench_cases import Case, TimedTest, Work, parse_test
 from llmir_iree.bench_engines import BundleEngine, Engine
 from llmir_iree.bench_perplexity import Perplexity
@@ -27,6 +27,7 @@ from llmir_iree.build import BuildOptions, build_bundle
 from llmir_iree.bundle import Bundle
 from llmir_iree.cli.bench import main
 from llmir_iree.params.errors import BundleError, RequestError
+from llmir_iree.peaks import Rate
 
 VOCAB = 50
 
@@ -135,14 +136,8 @@ def test_plan_cases_refuses(tiny: Any, options: dict[str, Any], error: type[Exce
 # Arithmetic
 
 
-WORK = Work(weight_bytes=1000, cache_token_bytes=10, token_macs=500, head_macs=70, is_integer=True)
+WORK = Work(weight_bytes=1000, cache_token_bytes=10, token_macs=500, head_macs=70, multiplied="bytes")
 NO_THROUGHPUT = Throughput(None, None, None, None)
-
-
-def peaks_of(bandwidth: float | None, macs: float | None) -> Peaks:
-    peaks = Peaks(Path("weights"), "local-task")
-    peaks.bandwidth, peaks.macs = bandwidth, macs
-    return peaks
 
 
 def test_a_decode_reads_the_weights_once_a_step_and_each_cache_as_long_as_it_is() -> None:
@@ -156,9 +151,9 @@ def test_a_prompt_meets_the_output_head_once_and_a_decode_in_every_step() -> Non
     assert WORK.macs(Case("tg", 3, 4)) == 4 * 3 * (500 + 70)
 
 
-@pytest.mark.parametrize(("quant", "is_integer"), [("keep", False), ("q8_0", True)])
+@pytest.mark.parametrize(("quant", "multiplied"), [("keep", "floats"), ("q8_0", "bytes")])
 def test_the_work_of_a_model_is_that_of_its_matmuls(
-    tiny_checkpoint: Any, tmp_path: Path, quant: str, is_integer: bool
+    tiny_checkpoint: Any, tmp_path: Path, quant: str, multiplied: str
 ) -> None:
     source = tiny_checkpoint("llama", num_hidden_layers=3)
     bundle = build_bundle(BuildOptions(str(source), tmp_path / "bundle", quant=quant, batch_sizes=(2, 3)))
@@ -166,34 +161,40 @@ def test_the_work_of_a_model_is_that_of_its_matmuls(
     # Query and output are as wide as the hidden state; key and value half as wide; three matrices of the inner size.
     assert work.token_macs == 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert work.head_macs == 96 * 64
-    assert work.is_integer == is_integer
+    assert work.multiplied == multiplied
     assert work.cache_token_bytes == 3 * 2 * 2 * 16 * 2
     # All matrices but the table of embeddings, and the norms.
-    matrix_bytes = 34 / 32 if is_integer else 4
+    matrix_bytes = 34 / 32 if multiplied == "bytes" else 4
     assert work.weight_bytes == (work.token_macs + work.head_macs) * matrix_bytes + (2 * 3 + 1) * 64 * 4
 
 
-def test_shares_are_of_the_peaks() -> None:
+def test_shares_are_of_what_there_was_at_the_moment() -> None:
     case = Case("tg", 3, 4)  # 12 tokens, 3360 bytes and 6840 products in 2 s and in 4 s: 3 s in the mean.
-    throughput = bench._throughput(case, [6.0, 3.0], WORK, peaks_of(2000, 22800))
+    throughput = bench._throughput(case, [6.0, 3.0], WORK, [Moment(2000, 22800)] * 2)
     assert throughput == Throughput(1120 / 1e9, 0.56, 2280 / 1e9, 0.1)
+    # A machine that halves its pace halves ours: the share is that of a steady one.
+    slowing = bench._throughput(case, [6.0, 3.0], WORK, [Moment(2000, 22800), Moment(1000, 11400)])
+    assert (slowing.bandwidth_share, slowing.peak_share) == (pytest.approx(0.84), pytest.approx(0.15))
 
 
-def test_a_prompt_has_no_bandwidth_and_plain_weights_no_share_of_the_peak_of_bytes() -> None:
-    case = Case("pp", 4, 1)
-    assert bench._throughput(case, [4.0], WORK, peaks_of(1.0, 20700.0)) == Throughput(None, None, 2070 / 1e9, 0.1)
-    plain = dataclasses.replace(WORK, is_integer=False)
-    assert bench._throughput(case, [4.0], plain, peaks_of(1.0, 20700.0)) == Throughput(None, None, 2070 / 1e9, None)
+def test_a_moment_lies_between_two() -> None:
+    assert Moment.between(Moment(1.0, 10.0), Moment(3.0, 30.0)) == Moment(2.0, 20.0)
+    assert Moment.between(Moment(1.0, None), Moment(None, 30.0)) == Moment(None, None)
+
+
+def test_a_prompt_has_no_bandwidth() -> None:
+    throughput = bench._throughput(Case("pp", 4, 1), [4.0], WORK, [Moment(1.0, 20700.0)])
+    assert throughput == Throughput(None, None, 2070 / 1e9, 0.1)
 
 
 def test_without_peaks_there_are_no_shares() -> None:
-    throughput = bench._throughput(Case("tg", 3, 4), [12.0], WORK, peaks_of(None, None))
+    throughput = bench._throughput(Case("tg", 3, 4), [12.0], WORK, [Moment(None, None)])
     assert throughput == Throughput(3360 / 1e9, None, 6840 / 1e9, None)
 
 
 def test_a_model_without_matmuls_has_no_products() -> None:
     none = dataclasses.replace(WORK, token_macs=0, head_macs=0)
-    assert bench._throughput(Case("pp", 4, 1), [4.0], none, peaks_of(1, 1)) == NO_THROUGHPUT
+    assert bench._throughput(Case("pp", 4, 1), [4.0], none, [Moment(1, 1)]) == NO_THROUGHPUT
 
 
 class FakeMeter:
@@ -202,23 +203,31 @@ class FakeMeter:
     def __init__(self) -> None:
         self.found = iter([(3.0, 10.0), (5.0, 8.0)])
 
-    def bandwidth(self, file: Path) -> float:
+    def bandwidth(self, file: Path) -> Rate:
         assert file == Path("weights")
         self.latest = next(self.found)
-        return self.latest[0]
+        return Rate(self.latest[0], self.latest[0] / 2)
 
-    def macs(self) -> float:
-        return self.latest[1]
+    def macs(self, multiplied: str) -> Rate:
+        assert multiplied == "floats"
+        return Rate(self.latest[1], self.latest[1] / 2)
 
 
 def test_peaks_keep_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = FakeMeter()
     monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", lambda: meter)
-    peaks = Peaks(Path("weights"), "local-task")
-    peaks.measure()
+    peaks = Peaks(Path("weights"), "local-task", "floats")
+    assert peaks.measure() == Moment(1.5, 5.0)
     assert (peaks.bandwidth, peaks.macs) == (3.0, 10.0)
-    peaks.measure()
+    assert peaks.measure() == Moment(2.5, 4.0)
     assert (peaks.bandwidth, peaks.macs) == (5.0, 10.0)
+
+
+def test_weights_of_both_kinds_have_no_peak_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", FakeMeter)
+    peaks = Peaks(Path("weights"), "local-task", None)
+    assert peaks.measure() == Moment(1.5, None)
+    assert (peaks.bandwidth, peaks.macs) == (3.0, None)
 
 
 @pytest.mark.parametrize(("device", "meter"), [("local-task", None), ("cuda://0", FakeMeter())])
@@ -226,8 +235,8 @@ def test_peaks_are_left_out_where_nothing_measures_them(
     monkeypatch: pytest.MonkeyPatch, device: str, meter: FakeMeter | None
 ) -> None:
     monkeypatch.setattr(llmir_iree.peaks, "open_peak_meter", lambda: meter)
-    peaks = Peaks(Path("weights"), device)
-    peaks.measure()
+    peaks = Peaks(Path("weights"), device, "floats")
+    assert peaks.measure() == Moment(None, None)
     assert (peaks.bandwidth, peaks.macs) == (None, None)
 
 
@@ -279,9 +288,13 @@ def test_engines_warm_up_and_then_take_turns(monkeypatch: pytest.MonkeyPatch) ->
     log: list[str] = []
     engines = [FakeEngine(name, log) for name in "abc"]
     notes: list[str] = []
-    rates = bench._time_case(Case("pp", 4, 1), engines, 2, notes.append)
-    assert [line[0] for line in log if "start" in line] == list("abc" * 3)
+    peaks = Peaks(Path("weights"), "local-task", "floats")
+    monkeypatch.setattr(peaks, "measure", lambda: log.append("peak start") or Moment(1.0, len(log)))
+    rates, moments = bench._time_case(Case("pp", 4, 1), engines, peaks, 2, notes.append)
+    # What the machine gives is measured around ours, the first.
+    assert [line[0] for line in log if "start" in line] == list("abc" + "papbc" * 2)
     assert [len(taken) for taken in rates] == [2, 2, 2]
+    assert len(moments) == 2
     assert len(notes) == 2
 
 
@@ -343,6 +356,7 @@ def report(model: str = "tiny") -> Report:
         threads=2,
         bandwidth_gb_s=40.04,
         peak_gmac_s=650.4,
+        multiplied="bytes",
         target="cpu on local-task",
         validation="nothing",
         perplexity=Perplexity(1024, {"llmir-iree": 10.0, "llama.cpp": 10.02}),
@@ -364,7 +378,9 @@ FIELDS = (
 
 def test_markdown() -> None:
     text = RENDERERS["markdown"](report())
-    assert text.startswith("## tiny\n\n- machine: Some, CPU, 2 cores (2 threads), 40.0 GB/s, 650 GMAC/s of bytes\n")
+    assert text.startswith(
+        "## tiny\n\n- machine: Some, CPU, 2 cores (2 threads), at best 40.0 GB/s, 650 GMAC/s of bytes\n"
+    )
     assert "- versions: llmir-iree 1, llama-cpp-python 2\n" in text
     assert "- perplexity: llmir-iree 10.000, llama.cpp 10.020 (0.20% apart), of 1024 tokens of " in text
     assert "- other processes: 25% of the cores while the tests ran\n" in text
@@ -435,7 +451,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_results_on_stdout_and_progress_on_stderr(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Peaks, "measure", lambda peaks: peaks.__dict__.update(bandwidth=1e9, macs=1e9))
+    monkeypatch.setattr(Peaks, "measure", lambda _: Moment(1e9, 1e9))
     result = run(tiny.folder, "--tests", "pp4,tg2,tg3@9", "--repetitions", 1, "--format", "json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)

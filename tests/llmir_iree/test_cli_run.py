@@ -284,6 +284,8 @@ def test_an_interrupt_ends_a_program_with_130(tiny: Any) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As on a terminal, even where these tests run in the background, whose programs ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     loaded = process.stderr.readline()

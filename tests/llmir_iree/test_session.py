@@ -190,8 +190,8 @@ def test_a_long_prompt_runs_in_pieces(
 
 def test_logits_are_read_only_when_asked_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    to_host = session_module._to_host
-    monkeypatch.setattr(session_module, "_to_host", lambda *a: shapes.append(list(a[1].shape)) or to_host(*a))
+    to_host = session_module.to_host
+    monkeypatch.setattr(session_module, "to_host", lambda *a: shapes.append(list(a[2].shape)) or to_host(*a))
     sequence = Sequence(session.pool)
     (result,) = session.prefill([Row(sequence, (4, 5))])
     assert result.next_token == result.next_token
@@ -303,7 +303,7 @@ def test_max_seq_len_out_of_range_is_refused(tiny: Any, max_seq_len: int) -> Non
 
 def test_too_little_memory_is_refused_before_loading(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "available_memory", lambda: 100 << 20)
-    monkeypatch.setattr(session_module, "_open_device", lambda uri: pytest.fail("loaded first"))
+    monkeypatch.setattr(session_module, "open_device", lambda uri: pytest.fail("loaded first"))
     with pytest.raises(RequestError, match=r"not enough memory: .*cache 0 MiB.*100 MiB available; use fewer pages"):
         Session(Bundle.open(tiny.folder))
 

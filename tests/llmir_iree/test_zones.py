@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from llmir_iree.tracing.tracy_capture import record_tracy
+from llmir_iree.tracing.tracy_dispatches import find_dispatches
 from llmir_iree.tracing.tracy_file import read_tracy
+from llmir_iree.tracing.tracy_totals import total_zones
 from llmir_iree.zones import frame_mark, is_tracing, message, zone
 
 PROGRAM = """
@@ -80,7 +82,7 @@ def test_zones_are_in_the_capture(tmp_path: Path) -> None:
     file = tmp_path / "x.tracy"
     assert record_tracy([sys.executable, "-c", PROGRAM], file, timeout_s=60).problem is None
     read = read_tracy(file)
-    totals = {total.name: total for total in read.zone_totals(0)}
+    totals = {total.name: total for total in total_zones(read, 0)}
     assert {name: totals[name].count for name in ("outer", "inner", "failing", "failed")} == {
         "outer": 6,
         "inner": 6,
@@ -104,15 +106,16 @@ def test_zones_of_a_device_are_read(tmp_path: Path) -> None:
     assert [context.name for context in read.gpu_contexts] == ["queue"]
     assert read.gpu_zones.duration_ns.tolist() == [500, 501, 502]
     assert (read.gpu_zones.start - read.gpu_zones.start[0]).tolist() == [0, 1000, 2000]
-    [total] = [total for total in read.zone_totals(0) if total.source == "queue, m.mlir:5"]
+    [total] = [total for total in total_zones(read, 0) if total.source == "queue, m.mlir:5"]
     assert (total.name, total.count, total.total_ns) == ("matmul", 3, 1503)
-    assert [(run.key, run.duration_ns) for run in read.dispatches()] == [
+    assert [(run.key, run.duration_ns) for run in find_dispatches(read)] == [
         ("matmul", 500),
         ("matmul", 501),
         ("matmul", 502),
     ]
 
 
+@pytest.mark.timed
 def test_without_the_instrumented_runtime_nothing_happens() -> None:
     assert not is_tracing()
     frame_mark("turn")
