@@ -92,17 +92,21 @@ INLINE void multiply_records(const format f, const int tiles, const int records,
   }
 }
 
-// The same, and the second records of those that have one. For one record alone weights are not kept, and unpacked again
-// if need be.
-INLINE void multiply_group(const format f, const int tiles, const int records, const int chains, const matmul* m,
-                           const size_t* index, const int is_unpacked, weight_group* w, const activation_group* x,
-                           f32x16 (*sums)[2]) {
-  multiply_records(f, tiles, records, chains, m, index, is_unpacked, w, x, sums);
-  UNROLL for (int i = 0; i < records; ++i) {
-    if (__builtin_expect(x[i].has_rest, 0)) {
-      const activation_group* rest = x + i + rest_distance(m->rows, m->groups);
-      multiply_records(f, tiles, 1, CHAINS, m, index, is_unpacked || records > 1, w, rest, sums + i);
-    }
+// Which of some records have second ones, a bit for each.
+INLINE uint32_t find_rests(const activation_group* x, const int records) {
+  uint32_t found = 0;
+  UNROLL for (int i = 0; i < records; ++i) found |= (uint32_t)x[i].has_rest << i;
+  return found;
+}
+
+// The second records of those of a group that have one, a bit for each in `rests`. Which these are no branch predictor
+// foresees: a branch for each record would be missed as often as not, a loop over those that are there is once.
+INLINE void multiply_rests(const format f, const int tiles, const matmul* m, const size_t* index, const int is_unpacked,
+                           weight_group* w, const activation_group* x, uint32_t rests, f32x16 (*sums)[2]) {
+  const activation_group* second = x + rest_distance(m->rows, m->groups);
+  for (; rests; rests &= rests - 1) {
+    int i = __builtin_ctz(rests);
+    multiply_records(f, tiles, 1, CHAINS, m, index, is_unpacked, w, second + i, sums + i);
   }
 }
 
@@ -119,11 +123,13 @@ INLINE tile_pair pair_tiles(size_t tile, size_t last, size_t next, const int at_
 // `rows` rows, which are few, times a pair of tiles.
 INLINE void multiply_few(const format f, const int rows, const matmul* m, size_t tile, size_t last,
                          size_t next, const activation_group* x, size_t stride, f32x16 (*sums)[2]) {
-  const int at_once = rows == 1 ? 1 : MAX_TILES;
+  // Sums and dot products of 8 rows and two tiles do not fit into 32 registers.
+  const int at_once = rows == 1 || rows == MOST_FEW ? 1 : MAX_TILES;
   const tile_pair pair = pair_tiles(tile, last, next, at_once);
   for (int first = 0; first < 2; first += at_once) {
-    f32x16 local[MOST_FEW][2];
-    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) local[r][t] = splat(0.0f);
+    f32x16 local[MOST_FEW][2], of_rests[MOST_FEW][2];
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t)
+      local[r][t] = of_rests[r][t] = splat(0.0f);
     const activation_group* record = x;
     for (size_t g = 0; g < m->groups; ++g, record += stride) {
       weight_group w[MAX_TILES];
@@ -134,10 +140,12 @@ INLINE void multiply_few(const format f, const int rows, const matmul* m, size_t
       }
       UNROLL for (int r = 0; r < rows; r += RECORDS) {
         const int records = rows < RECORDS ? rows : RECORDS;
-        multiply_group(f, at_once, records, records == 1 ? CHAINS : 1, m, index, 0, w, record + r, local + r);
+        multiply_records(f, at_once, records, records == 1 ? CHAINS : 1, m, index, 0, w, record + r, local + r);
       }
+      multiply_rests(f, at_once, m, index, 0, w, record, find_rests(record, rows), of_rests);
     }
-    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t) sums[r][first + t] = local[r][t];
+    UNROLL for (int r = 0; r < rows; ++r) UNROLL for (int t = 0; t < at_once; ++t)
+      sums[r][first + t] = local[r][t] + of_rests[r][t];
   }
 }
 
@@ -157,13 +165,18 @@ INLINE void multiply_many(const format f, const matmul* m, size_t tile, size_t l
         unpack_scales(f, &m->planes, index, &w[t]);
       }
       const activation_group* record = group;
+      uint32_t rests = 0;
       size_t r = 0;
       for (; r + MANY <= rows; r += MANY, record += MANY) {
-        multiply_group(f, MAX_TILES, MANY, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+        multiply_records(f, MAX_TILES, MANY, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+        rests |= find_rests(record, MANY) << r;
         FINISH_BEFORE_LOADS(record);
       }
-      for (; MANY > 1 && r < rows; ++r, ++record)
-        multiply_group(f, MAX_TILES, 1, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+      for (; MANY > 1 && r < rows; ++r, ++record) {
+        multiply_records(f, MAX_TILES, 1, CHAINS, m, NULL, 1, w, record, (f32x16(*)[2]) & sums[r][first]);
+        rests |= find_rests(record, 1) << r;
+      }
+      multiply_rests(f, MAX_TILES, m, NULL, 1, w, group, rests, (f32x16(*)[2]) & sums[0][first]);
     }
   }
 }

@@ -104,8 +104,8 @@ INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, 
   if (has_minimum(f)) out->minimum *= 1.0f / CODE_SUM_FACTOR;
 }
 
-// Where weights will be met once, or once for every block of rows: they need not stay in a cache.
-INLINE void prefetch_line(const void* line) { __builtin_prefetch(line, 0, 0); }
+// Into the second cache: the first one waits for few lines at a time, too few to hide how long memory takes.
+INLINE void prefetch_line(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // The hardware's own prefetch stops at the end of a page. Where the tile ends, tile `next` follows.
 INLINE void prefetch(const format f, const weight_planes* p, size_t tile, size_t next, size_t groups, size_t g) {
