@@ -27,7 +27,7 @@ _COMPARED_GROUPS = 4  # COMPARED in gated_matmul.c
 
 # Workers of IREE claim workgroups one at a time as long as there are less than 8 for each of them, else 8 at a time.
 _WORKERS = os.cpu_count() or 1
-_MOST_CLAIMED = 8
+_CLAIMED_SINGLY = 8 * _WORKERS - 1
 
 _QUANTIZED_ROWS = 8
 _APPENDED_TOKENS = 8
@@ -41,7 +41,7 @@ _ACTIVATIONS = Buffer("i8", writes=True)
 _ROWS = ("workgroup_x", "rows_per_workgroup")
 
 
-# A split is long enough to be worth its partial results; there are enough for all cores to have some.
+# A split is long enough to be worth its partial results.
 _POSITIONS_PER_SPLIT = 256
 _MOST_SPLITS = 16
 _MERGED_COLUMNS = 512
@@ -284,8 +284,14 @@ def _multiply(call: LlmirCall, target: Target, depth: int | None) -> dict[str, s
 
 
 def _workgroups(units: int) -> int:
-    """Among how many workgroups kernels divide units: as many as leave workers free to claim them one at a time."""
-    return min(units, _WORKERS * _MOST_CLAIMED - 1)
+    """Among how many workgroups kernels divide units."""
+    return min(units, _CLAIMED_SINGLY)
+
+
+def _most_splits(units: int) -> int:
+    """In how many splits at most so many units are attended: workers claim them one at a time, and all get as many."""
+    most = min(_MOST_SPLITS, max(1, _CLAIMED_SINGLY // units))
+    return max((splits for splits in range(1, most + 1) if splits * units % _WORKERS == 0), default=most)
 
 
 def _quantized_depth(codes: TensorType) -> int:
@@ -450,7 +456,9 @@ def rope_append_attend(call: LlmirCall, target: Target) -> dict[str, str]:
     """
     cache, query, key, value, table, positions, cosines, _sines = call.operands
     batch, heads, head_dim = query.shape[0], int(call.constant("heads")), cache.shape[5]
+    kv_heads = cache.shape[3]
     assert head_dim is not None
+    assert kv_heads is not None
     kernel = rope_append_attend_kernel(cache.element)
     merge = MERGE if call.results[0].element == "f32" else MERGE_QUANTIZE
     definition = _fill(
@@ -461,7 +469,7 @@ def rope_append_attend(call: LlmirCall, target: Target) -> dict[str, str]:
         partials=TensorType((batch, heads, None, head_dim + 2), "f32"),
         batch=extent(batch),
         positions_per_split=_POSITIONS_PER_SPLIT,
-        most_splits=_MOST_SPLITS,
+        most_splits=_most_splits((batch or 1) * kv_heads),
         column_workgroups=-(-heads * head_dim // _MERGED_COLUMNS),
         columns_per_workgroup=_MERGED_COLUMNS,
         attend=kernel.entry,
