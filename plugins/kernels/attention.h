@@ -3,8 +3,11 @@
 // A query here is one head of one token. Queries that share a key head (the group's heads of successive tokens) are
 // taken together, so that a key is widened once for all. They stand side by side in the lanes of one or two vectors. A
 // query has `share` lanes, of which lane s holds its elements s, s + share, s + 2 share and so on; what meets the lanes
-// is `share` consecutive elements of a key or a value, repeated over the vector. Its share is one lane if there are
-// many queries, and all 16 if there is one, so that no lane idles.
+// is `share` consecutive elements of a key, repeated over the vector. Its share is one lane if there are many queries,
+// and all 16 if there is one, so that no lane idles.
+//
+// Values meet weights in the same way if each query has one lane. If it has more, a value's elements take the lanes, and
+// meet one weight after the other: the sums of few queries fit the registers so, and a value is widened on its way.
 //
 // The softmax is online: a running maximum, sum and weighted value for each query, rescaled when the maximum moves.
 #pragma once
@@ -24,6 +27,8 @@ enum { SUMS = 2 };
 enum {
   MAX_VECTORS = 2,
   MAX_QUERIES = MAX_VECTORS * LANES,
+  MAX_POSITIONS = 32,  // that are taken in together
+  MOST_VALUES = 4,     // vectors of a value that meet the weights together
   PADDING = 16,  // elements between rows of widened keys, which would otherwise all start in the same cache bank
 };
 
@@ -78,7 +83,7 @@ INLINE void add_query(const attention* a, query_block* block, size_t token, size
 // What a block of queries carries from position to position. A vector of lanes is 16 floats.
 typedef struct {
   float* queries;                                // [steps, vectors, lanes], scaled
-  float* sums;                                   // like queries: the weighted values
+  float* sums;                                   // the weighted values: like queries or, of few, [query, element]
   float* wide;                                   // [positions, stride]: keys, then values
   float* products;                               // [positions, vectors, lanes]: parts of scores, then weights
   i32x16 first[MAX_VECTORS], last[MAX_VECTORS];  // positions that a lane's query sees
@@ -151,22 +156,6 @@ INLINE void gather_shares(const int share, f32x16* x) {
   gather_step(4, share, x);
   gather_step(2, share, x);
   gather_step(1, share, x);
-}
-
-// The way back: in all lanes of a share, x[s] is lane s of that share of x[0].
-INLINE void spread_step(const int distance, const int share, f32x16* x) {
-  if (distance >= share) return;
-  UNROLL for (int i = 0; i < share; i += 2 * distance) {
-    x[i + distance] = high_halves(distance, x[i], x[i]);
-    x[i] = low_halves(distance, x[i], x[i]);
-  }
-}
-
-INLINE void spread_shares(const int share, f32x16* x) {
-  spread_step(8, share, x);
-  spread_step(4, share, x);
-  spread_step(2, share, x);
-  spread_step(1, share, x);
 }
 
 // Share i of x[j] and share j of x[i] change places.
@@ -280,6 +269,72 @@ INLINE void multiply(const layout l, size_t rows, const float* a, const size_t r
     multiply_rows(l, 1, a + r * row_stride, row_stride, step_stride, b, depth, factor, range, c + r * row_floats);
 }
 
+// Where the rows of `count` positions from `t` on lie. What will be wanted next is on its way, as in `widen`.
+INLINE void find_rows(const attention* a, size_t batch_row, int kind, size_t head, size_t t, size_t count,
+                      const size_t ahead, size_t end, const uint16_t** rows) {
+  size_t dim = a->shape.head_dim;
+  while (count) {
+    size_t in_page = min_size(count, a->shape.page_size - t % a->shape.page_size);
+    const uint16_t* row = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, t);
+    size_t next = t + ahead < end ? t + ahead : t;
+    const uint16_t* later = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, next);
+    for (size_t i = 0; i < in_page; ++i, row += dim, later += dim) {
+      prefetch_row(later, dim);
+      *rows++ = row;
+    }
+    t += in_page;
+    count -= in_page;
+  }
+}
+
+// sums[q] = factor * sums[q] + the sum over k of weights[k, q] * values[k], for `queries` queries from `first` on and
+// `vectors` vectors of their elements from `d` on; a single one may reach past `dim`, the last. A query's factor stands in its first
+// lane, its weights of `share` positions in its share of every vector of weights.
+INLINE void add_elements(const cache_element e, const layout l, const int queries, const int vectors, size_t first,
+                         size_t d, size_t dim, const uint16_t* const* values, const float* weights, size_t count,
+                         const float* factor, const step_range* range, float* sums) {
+  f32x16 sum[SUMS][SUMS];
+  const size_t lane = first * (size_t)l.share, stride = ceil_div(dim, LANES) * LANES;
+  UNROLL for (int q = 0; q < queries; ++q) UNROLL for (int v = 0; v < vectors; ++v) sum[q][v] =
+      load_f32(sums + (first + (size_t)q) * stride + d + v * LANES) * factor[lane + (size_t)(q * l.share)];
+  for (size_t k = 0; k < count; ++k) {
+    const float* weight = weights + (k & ~(size_t)(l.share - 1)) * LANES + (k & (size_t)(l.share - 1)) + lane;
+    f32x16 value[SUMS];
+    UNROLL for (int v = 0; v < vectors; ++v) value[v] =
+        load_elements(e, values[k] + d + v * LANES, vectors > 1 ? LANES : dim - d);
+    UNROLL for (int q = 0; q < queries; ++q) {
+      f32x16 factor_of_value = splat(weight[q * l.share]);
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        f32x16 next = sum[q][v] + value[v] * factor_of_value;
+        if (range) {
+          const size_t at = lane + (size_t)(q * l.share);
+          int32_t inside = -((int32_t)k >= range->first[0][at] && (int32_t)k <= range->last[0][at]);
+          next = select_f32(splat_i32(inside), next, sum[q][v]);
+        }
+        sum[q][v] = next;
+      }
+    }
+  }
+  UNROLL for (int q = 0; q < queries; ++q) UNROLL for (int v = 0; v < vectors; ++v)
+      store_f32(sums + (first + (size_t)q) * stride + d + v * LANES, sum[q][v]);
+}
+
+// The same for all elements of all queries, whose sums are padded to whole vectors.
+INLINE void add_values(const cache_element e, const layout l, size_t dim, const uint16_t* const* values,
+                       const float* weights, size_t count, f32x16 factors, const step_range* range, float* sums) {
+  const int all = LANES / l.share, queries = all < SUMS ? all : SUMS;
+  const int most = SUMS / queries < MOST_VALUES ? SUMS / queries : MOST_VALUES;
+  float factor[LANES];
+  store_f32(factor, factors);
+  for (size_t first = 0; first < (size_t)all; first += (size_t)queries) {
+    size_t d = 0;
+    for (; most > 1 && d + (size_t)most * LANES <= dim; d += (size_t)most * LANES)
+      add_elements(e, l, queries, most, first, d, dim, values, weights, count, factor, range, sums);
+    for (; d < dim; d += LANES)
+      add_elements(e, l, queries, 1, first, d, dim, values, weights, count, factor, range, sums);
+  }
+}
+
 // Takes in `count` positions from `t` on. Unless `masked`, all queries that see anything see them all.
 INLINE void attend_positions(const attention* a, const layout l, const int masked, size_t batch_row, size_t head,
                              size_t t, size_t count, size_t end, attention_state* state) {
@@ -322,25 +377,31 @@ INLINE void attend_positions(const attention* a, const layout l, const int maske
   }
   for (size_t i = 0; i < scores; ++i) {
     UNROLL for (int v = 0; v < l.vectors; ++v) {
-      f32x16 x[LANES];
       float* at = p + i * (size_t)l.share * row_floats + v * LANES;
-      f32x16 score = load_f32(at);
-      x[0] = exp_f32(score - highest[v]);
-      if (hides) x[0] = select_f32((i32x16)(score == splat(LOWEST)), splat(0.0f), x[0]);
-      state->total[v] += x[0];
-      spread_shares(l.share, x);
-      UNROLL for (int s = 0; s < l.share; ++s) store_f32(at + (size_t)s * row_floats, x[s]);
+      f32x16 score = load_f32(at), weight = exp_f32(score - highest[v]);
+      if (hides) weight = select_f32((i32x16)(score == splat(LOWEST)), splat(0.0f), weight);
+      state->total[v] += weight;
+      store_f32(at, weight);
     }
   }
 
   // Stage 3: add the weighted values of what each lane sees.
-  widen(a, batch_row, VALUE, head, t, count, l.positions, end, l.stride, state->wide);
   step_range seen;
   UNROLL for (int v = 0; v < l.vectors; ++v) {
     seen.first[v] = state->first[v] - (int32_t)t;
     seen.last[v] = state->last[v] - (int32_t)t;
   }
-  multiply(l, steps, state->wide, (size_t)l.share, l.stride, p, count, shrink, masked ? &seen : 0, state->sums);
+  if (l.share > 1) {
+    const uint16_t* values[MAX_POSITIONS];
+    find_rows(a, batch_row, VALUE, head, t, count, l.positions, end, values);
+    if (a->element == F16)
+      add_values(F16, l, a->shape.head_dim, values, p, count, shrink[0], masked ? &seen : 0, state->sums);
+    else
+      add_values(BF16, l, a->shape.head_dim, values, p, count, shrink[0], masked ? &seen : 0, state->sums);
+  } else {
+    widen(a, batch_row, VALUE, head, t, count, l.positions, end, l.stride, state->wide);
+    multiply(l, steps, state->wide, 1, l.stride, p, count, shrink, masked ? &seen : 0, state->sums);
+  }
 }
 
 // Moves 16 elements of all queries between rows [query, stride] and lanes.
@@ -403,11 +464,13 @@ INLINE void start_lanes(const layout l, const query_block* block, attention_stat
 INLINE void store_outputs(const attention* a, const layout l, const query_block* block, const attention_state* state) {
   size_t dim = a->shape.head_dim, chunks = ceil_div(dim, LANES);
   const size_t chunk_floats = (size_t)(LANES / l.share * l.vectors) * LANES;
-  for (size_t c = 0; c < chunks; ++c) lanes_to_rows(l, state->sums + c * chunk_floats, state->wide + c * LANES);
+  float* rows = l.share > 1 ? state->sums : state->wide;
+  size_t stride = l.share > 1 ? chunks * LANES : l.stride;
+  for (size_t c = 0; c < chunks && l.share == 1; ++c) lanes_to_rows(l, state->sums + c * chunk_floats, rows + c * LANES);
   for (size_t i = 0; i < block->count; ++i) {
     const query* q = &block->queries[i];
     size_t lane = i * (size_t)l.share;
-    const float* row = state->wide + i * l.stride;
+    const float* row = rows + i * stride;
     float total = state->total[lane / LANES][lane % LANES];
     float factor = a->is_partial ? 1.0f : 1.0f / total;
     for (size_t d = 0; d < dim; ++d) q->output[d] = q->last < 0 ? 0.0f : row[d] * factor;

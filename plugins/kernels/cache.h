@@ -59,6 +59,14 @@ INLINE void store_row(const cache_element e, uint16_t* out, const float* in, siz
   for (; i < count; ++i) out[i] = e == F16 ? f16_from_f32_scalar(in[i]) : bf16_from_f32_scalar(in[i]);
 }
 
+// 16 elements of a row, of which `count` are there; zeros stand for the others.
+INLINE f32x16 load_elements(const cache_element e, const uint16_t* in, size_t count) {
+  if (count >= LANES) return e == F16 ? load_f16(in) : load_bf16(in);
+  f32x16 x = splat(0.0f);
+  for (size_t i = 0; i < count; ++i) x[i] = e == F16 ? f32_from_f16_scalar(in[i]) : f32_from_bf16_scalar(in[i]);
+  return x;
+}
+
 // Widens a row of a key or a value, and fills it up with zeros to whole vectors.
 INLINE void load_row(const cache_element e, float* out, const uint16_t* in, size_t count) {
   size_t i = 0;
