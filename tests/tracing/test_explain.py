@@ -36,27 +36,38 @@ pytestmark = pytest.mark.timed
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sequence[str]], Path]:
-    """Records the module, compiled with more flags."""
+def record(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sequence[str]], tuple[Path, Path]]:
+    """Records the module, in turns as it is and compiled with more flags.
+
+    Captures that were recorded one after the other leave open whether the machine slowed down where most dispatches
+    did alike, as they may on another processor.
+    """
     folder = tmp_path_factory.mktemp("explain")
-    (folder / "module.mlir").write_text(MODULE)
+    module = folder / "module.mlir"
+    module.write_text(MODULE)
     (folder / "spec.mlir").write_text(bad_tiles("linalg.generic", "tensor<512x384xf32>", "[8, 8, 0]"))
 
-    def run(name: str, flags: Sequence[str]) -> Path:
-        output = folder / f"{name}.llmtrace"
+    def run(name: str, flags: Sequence[str]) -> tuple[Path, Path]:
+        outputs = folder / f"{name}-a.llmtrace", folder / f"{name}-b.llmtrace"
         inputs = [argument for value in INPUTS for argument in ("--input", value)]
-        options = ["--device", "local-sync", "--runs", "40", "--processes", "4", "--quiet", "-o", str(output)]
-        flags = [flag.replace("SPEC", str(folder / "spec.mlir")) for flag in flags]
-        done = CliRunner().invoke(main, ["record", str(folder / "module.mlir"), *inputs, *options, "--", *flags])
+        options = ["--device", "local-sync", "--runs", "40", "--processes", "4", "--quiet", "-o", str(outputs[0])]
+        against = ["--against", str(module), str(outputs[1])]
+        against += [f"--against-flag={flag.replace('SPEC', str(folder / 'spec.mlir'))}" for flag in flags]
+        done = CliRunner().invoke(main, ["record", str(module), *inputs, *options, *against])
         assert done.exit_code == 0, done.output
-        return output
+        return outputs
 
     return run
 
 
 @pytest.fixture(scope="module")
-def base(record: Callable[[str, Sequence[str]], Path]) -> Path:
-    return record("base", ())
+def tuned(record: Callable[[str, Sequence[str]], tuple[Path, Path]]) -> tuple[Path, Path]:
+    return record("tuned", ["--iree-codegen-tuning-spec-path=SPEC"])
+
+
+@pytest.fixture(scope="module")
+def base(tuned: tuple[Path, Path]) -> Path:
+    return tuned[0]
 
 
 def compare(a: Path, b: Path, *options: str) -> Result:
@@ -70,9 +81,8 @@ def explanation(done: Result, label: str) -> dict[str, Any]:
     return entry
 
 
-def test_a_bad_tile_size(record: Callable[[str, Sequence[str]], Path], base: Path) -> None:
-    slow = record("tuned", ["--iree-codegen-tuning-spec-path=SPEC"])
-    done = compare(base, slow, "--json")
+def test_a_bad_tile_size(tuned: tuple[Path, Path]) -> None:
+    done = compare(*tuned, "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     [function] = result["functions"]
@@ -83,13 +93,13 @@ def test_a_bad_tile_size(record: Callable[[str, Sequence[str]], Path], base: Pat
     assert "-> [1, 2, 0]" in found["reason"]
     assert f"of it in {SLOW} (workgroups " in result["summary"][0]
     assert "-> [1, 2, 0]" in result["summary"][0]
-    gate = compare(base, slow, "--fail-if-slower", "20")
+    gate = compare(*tuned, "--fail-if-slower", "20")
     assert gate.exit_code == 1
     assert f"first parts at {TUNING_PASS}, which only B ran" in gate.stdout
 
 
-def test_another_processor(record: Callable[[str, Sequence[str]], Path], base: Path) -> None:
-    done = compare(base, record("generic", ["--iree-llvmcpu-target-cpu=generic"]), "--json")
+def test_another_processor(record: Callable[[str, Sequence[str]], tuple[Path, Path]]) -> None:
+    done = compare(*record("generic", ["--iree-llvmcpu-target-cpu=generic"]), "--json")
     assert done.exit_code == 0, done.output
     assert "flags only in A: none; only in B: --iree-llvmcpu-target-cpu=generic" in json.loads(done.stdout)["notes"]
     found = explanation(done, SLOW)
