@@ -136,7 +136,7 @@ INLINE void multiply_few(const format f, const int rows, const matmul* m, size_t
       size_t index[MAX_TILES];
       UNROLL for (int t = 0; t < at_once; ++t) {
         index[t] = pair.tile[first + t] * m->groups + g;
-        prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g);
+        prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g, rows == 1);
       }
       UNROLL for (int r = 0; r < rows; r += RECORDS) {
         const int records = rows < RECORDS ? rows : RECORDS;
@@ -160,7 +160,7 @@ INLINE void multiply_many(const format f, const matmul* m, size_t tile, size_t l
       weight_group w[MAX_TILES];
       UNROLL for (int t = 0; t < MAX_TILES; ++t) {
         size_t index = pair.tile[first + t] * m->groups + g;
-        prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g);
+        prefetch(f, &m->planes, pair.tile[first + t], pair.next[first + t], m->groups, g, 0);
         UNROLL for (int step = 0; step < STEPS; ++step) unpack_step(f, &m->planes, index, step, &w[t]);
         unpack_scales(f, &m->planes, index, &w[t]);
       }

@@ -104,21 +104,28 @@ INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, 
   if (has_minimum(f)) out->minimum *= 1.0f / CODE_SUM_FACTOR;
 }
 
-// Into the second cache: the first one waits for few lines at a time, too few to hide how long memory takes.
-INLINE void prefetch_line(const void* line) { __builtin_prefetch(line, 0, 2); }
+// Into the first cache, which is shorter a way, but waits for few lines at a time: too few to hide how long memory takes
+// from those who do much with each. Or into the second one.
+INLINE void prefetch_line(const void* line, const int is_near) {
+  if (is_near)
+    __builtin_prefetch(line, 0, 3);
+  else
+    __builtin_prefetch(line, 0, 2);
+}
 
 // The hardware's own prefetch stops at the end of a page. Where the tile ends, tile `next` follows.
-INLINE void prefetch(const format f, const weight_planes* p, size_t tile, size_t next, size_t groups, size_t g) {
+INLINE void prefetch(const format f, const weight_planes* p, size_t tile, size_t next, size_t groups, size_t g,
+                     const int is_near) {
   size_t ahead = g + PREFETCH_BYTES / code_bytes(f);
   size_t index = (ahead < groups ? tile : next - 1) * groups + ahead;
   UNROLL for (size_t line = 0; line < code_bytes(f); line += 64)
-      prefetch_line(p->codes + index * code_bytes(f) + line);
+      prefetch_line(p->codes + index * code_bytes(f) + line, is_near);
   UNROLL for (size_t line = 0; line < high_bytes(f); line += 64)
-      prefetch_line(p->high + index * high_bytes(f) + line);
-  if (f == Q6_K) prefetch_line(p->scales + index * 2 * LANES);
-  if (f == Q4_K || f == Q5_K) prefetch_line(p->scales + index * 24);
-  prefetch_line(p->d + index / groups_of_block(f) * LANES);
-  if (has_minimum(f)) prefetch_line(p->m + index / groups_of_block(f) * LANES);
+      prefetch_line(p->high + index * high_bytes(f) + line, is_near);
+  if (f == Q6_K) prefetch_line(p->scales + index * 2 * LANES, is_near);
+  if (f == Q4_K || f == Q5_K) prefetch_line(p->scales + index * 24, is_near);
+  prefetch_line(p->d + index / groups_of_block(f) * LANES, is_near);
+  if (has_minimum(f)) prefetch_line(p->m + index / groups_of_block(f) * LANES, is_near);
 }
 
 // The planes of a kernel's matrix as its arguments, and as they are read.
