@@ -152,6 +152,7 @@ $(BENCH)/smollm2-q4_1.gguf: $(MODEL_INSTALLED)
 	@mkdir -p $(@D)
 	cp "$$(cat $(MODEL_INSTALLED))" $@
 
-# One run writes all three; a pattern tells make so, and here stands for the dot.
+# One run writes all three; a pattern tells make so, and here stands for the dot. Without -P, python would import the
+# folder llmir_iree instead of the installed package.
 $(BENCH)/tinyllama-f16%gguf $(BENCH)/tinyllama-q8_0%gguf $(BENCH)/tinyllama-q4_0%gguf: | $(BENCH_INSTALLED)
-	$(BIN)/python -m llmir_iree.bench_models tinyllama --output $(BENCH)
+	$(BIN)/python -P -m llmir_iree.bench_models tinyllama --output $(BENCH)
