@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import time
 from collections.abc import Callable
@@ -335,7 +336,7 @@ class Session:
             raise RequestError(
                 f"the cache is {cache.dtype} {self._cache_shape}, got {values.dtype.name} {values.shape}"
             )
-        self._cache = self._upload(values, _ELEMENT_TYPES[cache.dtype])
+        self._cache = self._allocate_cache(values)
 
     @property
     def prefill_tokens(self) -> int:
@@ -460,25 +461,40 @@ class Session:
         )
         return rt.HalBufferView(buffer, array.shape, element_type)
 
-    def _allocate_cache(self) -> rt.HalBufferView:
-        """A zero-filled cache.
+    def _allocate_cache(self, values: npt.NDArray[np.generic] | None = None) -> rt.HalBufferView:
+        """A cache that holds values, or zeros.
 
         On the CPU it is an anonymous mapping that the runtime imports: zero without being written, so that memory is
-        taken page by page as the cache fills, not all at once.
+        taken as the cache fills, not all at once.
         """
         cache = self.bundle.manifest.cache
         element_type = _ELEMENT_TYPES[cache.dtype]
         nbytes = self.pool.pages * cache.page_bytes
         if self._is_local:
             # Owned here: the runtime borrows the memory, and a view of it does not keep it.
-            self._cache_memory = mmap.mmap(-1, nbytes)
+            self._cache_memory = _map_memory(nbytes)
+            if values is not None:
+                np.frombuffer(self._cache_memory, values.dtype).reshape(values.shape)[...] = values
             buffer = self._device.allocator.import_host_allocation(
                 self._cache_memory,
                 memory_type=_DEVICE_LOCAL | _HOST_VISIBLE,
                 allowed_usage=_MAPPED_USAGE,
             )
             return rt.HalBufferView(buffer, self._cache_shape, element_type)
-        return self._upload(np.zeros(self._cache_shape, CACHE_DTYPES[cache.dtype]), element_type)
+        if values is None:
+            values = np.zeros(self._cache_shape, CACHE_DTYPES[cache.dtype])
+        return self._upload(values, element_type)
+
+
+def _map_memory(nbytes: int) -> mmap.mmap:
+    """Anonymous memory in large pages, where the system has them: a long context touches thousands of small ones."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A kernel without large pages refuses the advice.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _checked_seq_len(asked: int | None, longest: int) -> int:
