@@ -471,15 +471,16 @@ class Session:
         element_type = _ELEMENT_TYPES[cache.dtype]
         nbytes = self.pool.pages * cache.page_bytes
         if self._is_local:
-            # Owned here: the runtime borrows the memory, and a view of it does not keep it.
-            self._cache_memory = _map_memory(nbytes)
+            memory = _map_memory(nbytes)
             if values is not None:
-                np.frombuffer(self._cache_memory, values.dtype).reshape(values.shape)[...] = values
+                np.frombuffer(memory, values.dtype).reshape(values.shape)[...] = values
             buffer = self._device.allocator.import_host_allocation(
-                self._cache_memory,
+                memory,
                 memory_type=_DEVICE_LOCAL | _HOST_VISIBLE,
                 allowed_usage=_MAPPED_USAGE,
             )
+            # Owned here: the runtime borrows the memory, and a view of it does not keep it.
+            self._cache_memory = memory
             return rt.HalBufferView(buffer, self._cache_shape, element_type)
         if values is None:
             values = np.zeros(self._cache_shape, CACHE_DTYPES[cache.dtype])

@@ -198,26 +198,33 @@ INLINE void prefetch_row(const uint16_t* row, size_t dim) {
   for (size_t d = 0; d < dim; d += 64 / sizeof *row) __builtin_prefetch(row + d, 0, 2);
 }
 
-// `count` positions from `t` on as float32 [count, stride], rows padded with zeros to whole vectors. Meanwhile what
-// will be wanted next, `ahead` positions on but before `end`, is on its way: pages lie apart, and the hardware's own
-// prefetch stops at the end of one.
-INLINE void widen(const attention* a, size_t batch_row, int kind, size_t head, size_t t, size_t count,
-                  const size_t ahead, size_t end, const size_t stride, float* out) {
+// Where the keys or values of `count` positions from `t` on lie. Meanwhile what will be wanted next, `ahead` positions on
+// but before `end`, is on its way: pages lie apart, and the hardware's own prefetch stops at the end of one.
+INLINE void find_rows(const attention* a, size_t batch_row, int kind, size_t head, size_t t, size_t count,
+                      const size_t ahead, size_t end, const uint16_t** rows) {
   size_t dim = a->shape.head_dim;
   while (count) {
     size_t in_page = min_size(count, a->shape.page_size - t % a->shape.page_size);
-    const uint16_t* in = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, t);
+    const uint16_t* row = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, t);
     size_t next = t + ahead < end ? t + ahead : t;
     const uint16_t* later = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, next);
-    for (size_t i = 0; i < in_page; ++i, in += dim, later += dim, out += stride) {
+    for (size_t i = 0; i < in_page; ++i, row += dim, later += dim) {
       prefetch_row(later, dim);
-      if (a->element == F16)
-        load_row(F16, out, in, dim);
-      else
-        load_row(BF16, out, in, dim);
+      *rows++ = row;
     }
     t += in_page;
     count -= in_page;
+  }
+}
+
+// Rows as float32 [count, stride], padded with zeros to whole vectors.
+INLINE void widen(const attention* a, const uint16_t* const* rows, size_t count, const size_t stride, float* out) {
+  size_t dim = a->shape.head_dim;
+  for (size_t i = 0; i < count; ++i, out += stride) {
+    if (a->element == F16)
+      load_row(F16, out, rows[i], dim);
+    else
+      load_row(BF16, out, rows[i], dim);
   }
 }
 
@@ -269,27 +276,9 @@ INLINE void multiply(const layout l, size_t rows, const float* a, const size_t r
     multiply_rows(l, 1, a + r * row_stride, row_stride, step_stride, b, depth, factor, range, c + r * row_floats);
 }
 
-// Where the rows of `count` positions from `t` on lie. What will be wanted next is on its way, as in `widen`.
-INLINE void find_rows(const attention* a, size_t batch_row, int kind, size_t head, size_t t, size_t count,
-                      const size_t ahead, size_t end, const uint16_t** rows) {
-  size_t dim = a->shape.head_dim;
-  while (count) {
-    size_t in_page = min_size(count, a->shape.page_size - t % a->shape.page_size);
-    const uint16_t* row = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, t);
-    size_t next = t + ahead < end ? t + ahead : t;
-    const uint16_t* later = a->cache + cache_index(&a->shape, batch_row, a->layer, kind, head, next);
-    for (size_t i = 0; i < in_page; ++i, row += dim, later += dim) {
-      prefetch_row(later, dim);
-      *rows++ = row;
-    }
-    t += in_page;
-    count -= in_page;
-  }
-}
-
 // sums[q] = factor * sums[q] + the sum over k of weights[k, q] * values[k], for `queries` queries from `first` on and
-// `vectors` vectors of their elements from `d` on; a single one may reach past `dim`, the last. A query's factor stands in its first
-// lane, its weights of `share` positions in its share of every vector of weights.
+// `vectors` vectors of their elements from `d` on; a single one may reach past `dim`, the last. A query's factor stands
+// in its first lane, its weights of `share` positions in its share of every vector of weights.
 INLINE void add_elements(const cache_element e, const layout l, const int queries, const int vectors, size_t first,
                          size_t d, size_t dim, const uint16_t* const* values, const float* weights, size_t count,
                          const float* factor, const step_range* range, float* sums) {
@@ -343,7 +332,9 @@ INLINE void attend_positions(const attention* a, const layout l, const int maske
   float* p = state->products;
 
   // Stage 1: scores, those of `share` positions in each vector.
-  widen(a, batch_row, KEY, head, t, count, l.positions, end, l.stride, state->wide);
+  const uint16_t* rows[MAX_POSITIONS];
+  find_rows(a, batch_row, KEY, head, t, count, l.positions, end, rows);
+  widen(a, rows, count, l.stride, state->wide);
   multiply(l, count, state->wide, l.stride, (size_t)l.share, state->queries, steps, 0, 0, p);
   const int hides = masked || l.share > 1;  // the last vector may hold positions that are not there
   f32x16 highest[MAX_VECTORS];
@@ -391,15 +382,14 @@ INLINE void attend_positions(const attention* a, const layout l, const int maske
     seen.first[v] = state->first[v] - (int32_t)t;
     seen.last[v] = state->last[v] - (int32_t)t;
   }
+  find_rows(a, batch_row, VALUE, head, t, count, l.positions, end, rows);
   if (l.share > 1) {
-    const uint16_t* values[MAX_POSITIONS];
-    find_rows(a, batch_row, VALUE, head, t, count, l.positions, end, values);
     if (a->element == F16)
-      add_values(F16, l, a->shape.head_dim, values, p, count, shrink[0], masked ? &seen : 0, state->sums);
+      add_values(F16, l, a->shape.head_dim, rows, p, count, shrink[0], masked ? &seen : 0, state->sums);
     else
-      add_values(BF16, l, a->shape.head_dim, values, p, count, shrink[0], masked ? &seen : 0, state->sums);
+      add_values(BF16, l, a->shape.head_dim, rows, p, count, shrink[0], masked ? &seen : 0, state->sums);
   } else {
-    widen(a, batch_row, VALUE, head, t, count, l.positions, end, l.stride, state->wide);
+    widen(a, rows, count, l.stride, state->wide);
     multiply(l, steps, state->wide, 1, l.stride, p, count, shrink, masked ? &seen : 0, state->sums);
   }
 }
