@@ -6,8 +6,8 @@
 // is `share` consecutive elements of a key, repeated over the vector. Its share is one lane if there are many queries,
 // and all 16 if there is one, so that no lane idles.
 //
-// Values meet weights in the same way if each query has one lane. If it has more, a value's elements take the lanes, and
-// meet one weight after the other: the sums of few queries fit the registers so, and a value is widened on its way.
+// Values meet weights in the same way if each query has one lane. If it has more, a value's elements take the lanes,
+// and meet one weight after the other: the sums of few queries fit the registers so, and a value is widened on its way.
 //
 // The softmax is online: a running maximum, sum and weighted value for each query, rescaled when the maximum moves.
 #pragma once
@@ -198,8 +198,8 @@ INLINE void prefetch_row(const uint16_t* row, size_t dim) {
   for (size_t d = 0; d < dim; d += 64 / sizeof *row) __builtin_prefetch(row + d, 0, 2);
 }
 
-// Where the keys or values of `count` positions from `t` on lie. Meanwhile what will be wanted next, `ahead` positions on
-// but before `end`, is on its way: pages lie apart, and the hardware's own prefetch stops at the end of one.
+// Where the keys or values of `count` positions from `t` on lie. Meanwhile what will be wanted next, `ahead` positions
+// on but before `end`, is on its way: pages lie apart, and the hardware's own prefetch stops at the end of one.
 INLINE void find_rows(const attention* a, size_t batch_row, int kind, size_t head, size_t t, size_t count,
                       const size_t ahead, size_t end, const uint16_t** rows) {
   size_t dim = a->shape.head_dim;
@@ -456,7 +456,8 @@ INLINE void store_outputs(const attention* a, const layout l, const query_block*
   const size_t chunk_floats = (size_t)(LANES / l.share * l.vectors) * LANES;
   float* rows = l.share > 1 ? state->sums : state->wide;
   size_t stride = l.share > 1 ? chunks * LANES : l.stride;
-  for (size_t c = 0; c < chunks && l.share == 1; ++c) lanes_to_rows(l, state->sums + c * chunk_floats, rows + c * LANES);
+  for (size_t c = 0; c < chunks && l.share == 1; ++c)
+    lanes_to_rows(l, state->sums + c * chunk_floats, rows + c * LANES);
   for (size_t i = 0; i < block->count; ++i) {
     const query* q = &block->queries[i];
     size_t lane = i * (size_t)l.share;

@@ -104,8 +104,8 @@ INLINE void unpack_scales(const format f, const weight_planes* p, size_t index, 
   if (has_minimum(f)) out->minimum *= 1.0f / CODE_SUM_FACTOR;
 }
 
-// Into the first cache, which is shorter a way, but waits for few lines at a time: too few to hide how long memory takes
-// from those who do much with each. Or into the second one.
+// Into the first cache, which is shorter a way, but waits for few lines at a time: too few to hide how long memory
+// takes from those who do much with each. Or into the second one.
 INLINE void prefetch_line(const void* line, const int is_near) {
   if (is_near)
     __builtin_prefetch(line, 0, 3);
